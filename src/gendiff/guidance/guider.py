@@ -1,0 +1,161 @@
+"""A denoiser made of several branches of one or more denoisers."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal, final
+
+from torch import Tensor
+
+from gendiff._checks import unknown
+from gendiff.condition import Condition
+from gendiff.denoiser import Cond, Denoise, Denoised
+from gendiff.math.schedules import Schedule
+
+Batching = Literal["auto", "together", "separate"]
+
+
+@final
+class Guider:
+    """Evaluate a denoiser under several conditions and combine the answers; itself a denoiser.
+
+    >>> from functools import partial
+    >>> import torch
+    >>> from gendiff import Denoiser, cfg
+    >>> from gendiff.math import Rectified
+    >>> def net(x, timestep, cond): return cond["label"][:, None] * x
+    >>> net.accepts = frozenset({"label"})
+    >>> branches = {"cond": {"label": torch.ones(1)}, "uncond": {"label": torch.zeros(1)}}
+    >>> guider = Guider(Denoiser(net, Rectified(), "x0"), branches, combine=partial(cfg, scale=3.0))
+    >>> guider(torch.ones(2, 1), 0.5).x0
+    tensor([[3.],
+            [3.]])
+
+    Args:
+        denoise: the denoiser of every branch that does not bring its own.
+        branches: names to conditions, or to (denoiser, condition). A condition of one row serves the whole
+            batch. The names are the argument names of `combine`.
+        combine: rule from the branches' answers to one, such as `partial(cfg, scale=7.5)`.
+        batching: "together" evaluates all branches of a denoiser in one batch and refuses conditions that
+            cannot be joined, "separate" one after the other, "auto" together where the conditions can be
+            joined.
+
+    Raises:
+        ValueError: for branches on different schedules, or with batching="together" conditions that do not
+            join.
+        TypeError: if the branch names are not the arguments of `combine`.
+    """
+
+    def __init__(
+        self,
+        denoise: Denoise,
+        branches: Mapping[str, Cond | tuple[Denoise, Cond]],
+        combine: Callable[..., Denoised],
+        *,
+        batching: Batching = "auto",
+    ) -> None:
+        if batching not in ("auto", "together", "separate"):
+            raise ValueError(unknown("batching", batching, ["auto", "together", "separate"]))
+        self.denoise, self.combine, self.batching = denoise, combine, batching
+        self.branches: dict[str, tuple[Denoise, Condition]] = {}
+        for name, branch in branches.items():
+            own, cond = branch if isinstance(branch, tuple) else (denoise, branch)
+            self.branches[name] = own, Condition.of(cond)
+            if own.schedule != denoise.schedule:
+                raise ValueError(
+                    f"branch {name!r} is on {own.schedule!r}, the guider on {denoise.schedule!r}; branches "
+                    f"can only be combined on one schedule."
+                )
+        try:
+            inspect.signature(combine).bind(**self.branches)
+        except TypeError as error:
+            raise TypeError(
+                f"the branches {sorted(self.branches)} must be the arguments of "
+                f"combine{inspect.signature(combine)}: {error}."
+            ) from None
+        self._groups = self._grouped()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that all branches are on."""
+        return self.denoise.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond = None, carry: Any = None) -> Denoised:
+        """Denoise under every branch and combine.
+
+        Args:
+            x_t: noised data, [B, *].
+            t: time in (0, 1], a scalar or [B].
+            cond: must be None: the branches hold the conditions.
+            carry: what the last call returned as `carry`.
+        """
+        if cond:
+            raise TypeError(
+                f"the branches of a guider hold its conditions, so none is given at the call; got {cond!r}."
+            )
+        carries = carry if carry is not None else [None] * len(self._groups)
+        answers: dict[str, Denoised] = {}
+        after: list[Any] = []
+        for names, group_carry in zip(self._groups, carries, strict=True):
+            parts, left = self._evaluate(names, x_t, t, group_carry)
+            answers.update(zip(names, parts, strict=True))
+            after.append(left)
+        return self.combine(**answers).replace(carry=after if any(c is not None for c in after) else None)
+
+    def _evaluate(
+        self, names: list[str], x_t: Tensor, t: Tensor | float, carry: Any
+    ) -> tuple[list[Denoised], Any]:
+        """The answers of the branches of a group, from one call of their denoiser."""
+        rows, count = len(x_t), len(names)
+        denoise = self.branches[names[0]][0]
+        conds = [_fitted(name, self.branches[name][1], rows) for name in names]
+        cond = Condition.concat(conds) if count > 1 else conds[0]
+        if isinstance(t, Tensor) and t.ndim == 1:
+            t = t.repeat(count)
+        denoised = denoise(x_t.repeat(count, *[1] * (x_t.ndim - 1)), t, cond, carry)
+        return [_rows(denoised, slice(i * rows, (i + 1) * rows)) for i in range(count)], denoised.carry
+
+    def _grouped(self) -> list[list[str]]:
+        """The names of the branches, those that share a call together."""
+        groups: list[list[str]] = []
+        for name, (denoise, cond) in self.branches.items():
+            for group in groups:
+                first, like = self.branches[group[0]]
+                if (
+                    self.batching != "separate"
+                    and first is denoise
+                    and self._joins(name, cond, group[0], like)
+                ):
+                    group.append(name)
+                    break
+            else:
+                groups.append([name])
+        return groups
+
+    def _joins(self, name: str, cond: Condition, first: str, like: Condition) -> bool:
+        shapes = {key: value.shape[1:] for key, value in cond.items()}
+        joins = shapes == {key: value.shape[1:] for key, value in like.items()}
+        if not joins and self.batching == "together":
+            raise ValueError(
+                f"branches {first!r} ({like!r}) and {name!r} ({cond!r}) cannot be one batch: their "
+                f"conditions differ in names or shapes; pad them, or use batching='auto'."
+            )
+        return joins
+
+
+def _fitted(name: str, cond: Condition, rows: int) -> Condition:
+    """The condition with as many rows as the batch, from as many or from one."""
+    if cond.rows in (None, rows):
+        return cond
+    if cond.rows != 1:
+        raise ValueError(
+            f"branch {name!r} has {cond.rows} rows for a batch of {rows} samples; give {rows}, or 1."
+        )
+    return Condition({key: value.expand(rows, *value.shape[1:]) for key, value in cond.items()})
+
+
+def _rows(denoised: Denoised, index: slice) -> Denoised:
+    """Some rows of every tensor of an answer; the carry belongs to the whole batch."""
+    values = {f.name: getattr(denoised, f.name) for f in fields(denoised)}
+    cut = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(denoised, **{**cut, "carry": None})

@@ -1,0 +1,37 @@
+"""A denoiser whose x0 is kept in the range of the data."""
+
+from typing import Any, final
+
+from torch import Tensor
+
+from gendiff._checks import working_dtype
+from gendiff.denoiser import Cond, Denoise, Denoised
+from gendiff.math.bounds import Bound, eps_of
+from gendiff.math.schedules import Schedule, times
+
+
+@final
+class Bounded:
+    """Bound the x0 of a denoiser and recompute eps, so that the pair still stands for x_t.
+
+    Round a guider it bounds what guidance made, which is where bounds are needed; without the recomputed eps
+    the next step would add back what the bound took away.
+
+    Args:
+        denoise: a denoiser or a wrapper round one.
+        bound: `Clip(limit)`, `DynamicThreshold(quantile, limit)` or any map x0 -> x0.
+    """
+
+    def __init__(self, denoise: Denoise, bound: Bound) -> None:
+        self.denoise, self.bound = denoise, bound
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule of the wrapped denoiser."""
+        return self.denoise.schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond = None, carry: Any = None) -> Denoised:
+        denoised = self.denoise(x_t, t, cond, carry)
+        x0 = self.bound(denoised.x0)
+        level = self.schedule.level(times(t, x_t.device))
+        return denoised.replace(x0=x0, eps=eps_of(x0, x_t.to(working_dtype(x_t)), level))
