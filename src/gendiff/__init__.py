@@ -49,7 +49,7 @@ _HOME = {  # public name -> the module that holds it, or that it is
     "testing": "gendiff.testing",
 }
 
-__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  (the block above tells it)
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  (the block above tells it)
 
 
 def __getattr__(name: str) -> object:
@@ -66,4 +66,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

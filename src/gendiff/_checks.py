@@ -41,11 +41,11 @@ def positive_batch(x: Tensor, name: str) -> None:
 
 
 def finite_on_host(x: Tensor, name: str) -> None:
-    """Raise a ValueError if a CPU tensor holds NaN or infinity; a CUDA tensor is not read, since that would synchronise."""
+    """Raise a ValueError if a CPU tensor holds NaN or infinity; CUDA is not read, which would synchronise."""
     if x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(
-            f"{name} holds {bad} value(s) that are NaN or infinite out of {x.numel()}; clean the batch before it gets here."
+            f"{name} holds {bad} value(s) out of {x.numel()} that are NaN or infinite; clean the batch first."
         )
 
 
@@ -57,8 +57,8 @@ def expand_right(coefficient: Shaped[Tensor, "..."], like: Shaped[Tensor, "..."]
     """
     if coefficient.ndim not in (0, 1) or (coefficient.ndim == 1 and len(coefficient) not in (1, len(like))):
         raise ValueError(
-            f"a coefficient of shape {tuple(coefficient.shape)} does not fit samples of shape {tuple(like.shape)}: "
-            f"give a scalar or one value per sample."
+            f"a coefficient of shape {tuple(coefficient.shape)} does not fit samples of shape "
+            f"{tuple(like.shape)}: give a scalar or one value per sample."
         )
     return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
 
