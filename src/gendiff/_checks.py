@@ -60,6 +60,8 @@ def expand_right(coefficient: Shaped[Tensor, "..."], like: Shaped[Tensor, "..."]
             f"a coefficient of shape {tuple(coefficient.shape)} does not fit samples of shape "
             f"{tuple(like.shape)}: give a scalar or one value per sample."
         )
+    if coefficient.ndim == 0 and coefficient.device != like.device and coefficient.device.type == "cpu":
+        return torch.full((1,) * like.ndim, coefficient.item(), dtype=coefficient.dtype, device=like.device)
     return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
 
 

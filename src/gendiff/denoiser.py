@@ -36,7 +36,7 @@ class Denoised:
         eps: predicted noise, [B, *].
         out: the network's own output, [B, *]; training compares it with its target, without the detour.
         prediction: what `out` is; None where there is no network behind the pair.
-        log_var: raw variance channels, [B, *], of a network that learned its variance.
+        log_var: raw variance channels, [B, *], of a network that learned its variance, in at least float32.
         carry: what the next call is given as `carry`, such as a self-conditioning input.
     """
 
@@ -154,9 +154,13 @@ class Denoiser(nn.Module):
         scale = self.prediction.input_scale(level)
         x = x_t if scale is None else x_t * scale.to(dtype).reshape(-1, *[1] * (x_t.ndim - 1))
         out = self.backbone(x.to(self._dtype(x)), self.schedule.timestep(t).float(), cond)
+        if not isinstance(out, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]  (users' own)
+            raise TypeError(
+                f"a backbone returns a tensor, got {type(out).__name__}; return its `.sample` or first item."
+            )
         out, log_var = self._split(out, x_t)
         x0, eps = self.prediction.solve(out.to(dtype), x_t.to(dtype), level)
-        return Denoised(x0, eps, out, self.prediction, log_var)
+        return Denoised(x0, eps, out, self.prediction, None if log_var is None else log_var.to(dtype))
 
     def _times(self, t: Value, x_t: Tensor) -> Tensor:
         t = times(t, x_t.device)
@@ -188,11 +192,6 @@ class Denoiser(nn.Module):
         return x.dtype
 
     def _split(self, out: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not isinstance(out, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]  (users' networks say what they like)
-            raise TypeError(
-                f"a backbone returns a tensor, got {type(out).__name__}; return its `.sample`, or its first "
-                f"element."
-            )
         if self.learned_variance:
             return split_variance(out, x_t)
         if out.shape != x_t.shape:

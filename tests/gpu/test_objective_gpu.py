@@ -1,7 +1,8 @@
 """The objective's forward and backward inside one CUDA graph, and without a synchronisation.
 
-A replay reads its data, labels and keys from static buffers. Its losses and gradients are compared bit by bit with
-those of an eager step on the same numbers: both launch the same kernels, and cuDNN is asked for deterministic ones.
+A replay reads its data, labels and keys from static buffers. Its losses and gradients are compared bit by bit
+with those of an eager step on the same numbers: both launch the same kernels, and cuDNN is asked for
+deterministic ones.
 """
 
 from collections.abc import Iterator
@@ -212,6 +213,6 @@ def test_draws_are_those_of_the_cpu(case):
     objective, schedule, _ = CASES[case]
     x0, _, keys = batch(1)
     here, there = (objective.draw(schedule, x0.to(d), rng=Rng.from_keys(keys.to(d))) for d in ("cpu", DEVICE))
-    assert_close(there.t.cpu(), here.t, rtol=1e-12, atol=0)
+    assert_close(there.t.cpu(), here.t, rtol=1e-11, atol=0)
     for name in ("eps", "x_t"):
         assert_close(getattr(there, name).cpu(), getattr(here, name), rtol=1e-6, atol=1e-6)

@@ -128,7 +128,7 @@ angles = st.floats(0.02, math.pi / 2)
 
 @LAWS
 @given(angle=angles, data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_tweedie(law, angle, data):
     alpha, sigma = math.cos(angle), math.sin(angle)
     x_t = tensor([data.draw(st.lists(st.floats(-4, 4), min_size=law.size, max_size=law.size))])
@@ -265,7 +265,7 @@ def test_flow_of_a_full_covariance_solves_the_ode():
 
 @pytest.mark.parametrize("law", [LINE, PLANE, LINES], ids=["line", "plane", "lines"])
 @given(t=angles, s=angles, r=angles, data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_flow_composes_and_stands_still(law, t, s, r, data):
     levels = {name: (math.cos(angle), math.sin(angle)) for name, angle in (("t", t), ("s", s), ("r", r))}
     x = tensor([data.draw(st.lists(st.floats(-4, 4), min_size=law.size, max_size=law.size))])

@@ -35,7 +35,12 @@ def timesteps(grid: Grid) -> list[float]:
 
 
 def ratios(grid: Grid) -> Tensor:
+    """sigma/alpha where the network is evaluated; beside an entry of a table that of the entry."""
     return (grid.levels.sigma / grid.levels.alpha)[:-1]
+
+
+def times_of(schedule: Schedule, ratios: list[float]) -> list[float]:
+    return schedule.time(-2 * torch.tensor(ratios, dtype=torch.float64).log()).tolist()
 
 
 # --- the grid
@@ -80,9 +85,9 @@ def test_a_grid_is_a_list_of_two_or_more_times() -> None:
 @given(st.floats(0.01, 100), st.floats(0, 1))
 def test_a_shift_multiplies_the_noise_ratio(shift: float, t: float) -> None:
     moved = grids.shift_times(torch.tensor(t, dtype=torch.float64), shift).item()
-    assert moved * (1 - t) == pytest.approx(shift * t * (1 - moved), rel=1e-12, abs=1e-15)
+    assert moved * (1 - t) == pytest.approx(shift * t * (1 - moved), rel=1e-12, abs=1e-15 * (1 + shift))
     back = grids.shift_times(torch.tensor(moved, dtype=torch.float64), 1 / shift).item()
-    assert back == pytest.approx(t, rel=1e-12, abs=1e-15)
+    assert back == pytest.approx(t, rel=1e-12, abs=1e-14 * (1 + shift + 1 / shift))
 
 
 @few
@@ -229,13 +234,14 @@ def test_what_are_no_timesteps_are_refused(schedule: Schedule, given: list[float
 @few
 @given(st.sampled_from([LATENT, CosineBeta(), VarianceExploding()]), st.integers(2, 30), st.floats(1, 10))
 def test_karras_is_equation_5(schedule: Schedule, steps: int, rho: float) -> None:
-    high, low = (-schedule.log_snr(torch.tensor([1.0, schedule.t_min])) / 2).exp().tolist()
+    ends = torch.tensor([1.0, schedule.t_min], dtype=torch.float64)
+    high, low = (-schedule.log_snr(ends) / 2).exp().tolist()
     grid = grids.karras(schedule, steps, rho=rho)
     expected = [
         (high ** (1 / rho) + i / (steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
         for i in range(steps)
     ]
-    assert ratios(grid).tolist() == pytest.approx(expected, rel=1e-6)  # times are snapped to grid times
+    assert grid.times[:-1] == pytest.approx(times_of(schedule, expected), rel=0, abs=1e-11)
     assert grid.times[-1] == 0
     assert grid.times[0] == pytest.approx(1, abs=1e-12)
 
@@ -243,9 +249,9 @@ def test_karras_is_equation_5(schedule: Schedule, steps: int, rho: float) -> Non
 @few
 @given(st.integers(2, 30), st.floats(0.05, 0.5), st.floats(1, 14))
 def test_exponential_is_a_geometric_series(steps: int, low: float, high: float) -> None:
-    got = ratios(grids.exponential(LATENT, steps, high, low, end=LATENT.t_min))
+    grid = grids.exponential(LATENT, steps, high, low, end=LATENT.t_min)
     expected = [high * (low / high) ** (i / (steps - 1)) for i in range(steps)]
-    assert got.tolist() == pytest.approx(expected, rel=1e-5)
+    assert grid.times == pytest.approx([*times_of(LATENT, expected), 0.001], rel=1e-9)
     flow = grids.exponential(Rectified(), steps, high, low)
     assert ratios(flow).tolist() == pytest.approx(expected, rel=1e-12)
     first, last = 1 / (1 + 1 / high), 1 / (1 + 1 / low)
@@ -263,15 +269,15 @@ def test_uniform_log_snr_is_uniform_from_end_to_end() -> None:
     assert grid.times[-1] == 1e-4
 
 
-@few
+@settings(max_examples=12)  # a quantile is a bisection in Python
 @given(st.integers(1, 12), st.floats(0.3, 4), st.floats(0.3, 4))
 def test_beta_spacing_lies_on_the_quantiles_of_scipy(steps: int, a: float, b: float) -> None:
     quantiles = torch.from_numpy(stats.beta.ppf(1 - np.linspace(0, 1, steps), a, b))
     times = grids.beta(LATENT, steps, a, b, "time")
-    torch.testing.assert_close(times.t[:-1], 0.001 + 0.999 * quantiles, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(times.t[:-1], 0.001 + 0.999 * quantiles, rtol=1e-7, atol=0)
     schedule = VarianceExploding()
     sigmas = grids.beta(schedule, steps, a, b)
-    torch.testing.assert_close(ratios(sigmas), 0.002 + (80 - 0.002) * quantiles, rtol=1e-8, atol=0)
+    torch.testing.assert_close(ratios(sigmas), 0.002 + (80 - 0.002) * quantiles, rtol=1e-7, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers and new numpy

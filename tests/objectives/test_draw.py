@@ -12,7 +12,9 @@ from gendiff.math import CosineBeta, LinearBeta, Prediction, Rectified, Variance
 from gendiff.objectives import Corruption, Draw, Independent, InputPerturbation, Objective, OffsetNoise
 from gendiff.random import Rng
 
-SCHEDULES = pytest.mark.parametrize("schedule", [LinearBeta(), CosineBeta(), Rectified(), VarianceExploding()], ids=repr)
+SCHEDULES = pytest.mark.parametrize(
+    "schedule", [LinearBeta(), CosineBeta(), Rectified(), VarianceExploding()], ids=repr
+)
 
 
 def f64(values) -> torch.Tensor:
@@ -34,7 +36,7 @@ def parts(randn64):
     return randn64(4, 3, 2, 2), randn64(4, 3, 2, 2), f64([0.001, 0.25, 0.5, 1.0])
 
 
-# ----------------------------------------------------------------------------------------------------- Draw and its kin
+# ------------------------------------------------------------------------------------------- Draw and its kin
 
 
 @SCHEDULES
@@ -64,10 +66,16 @@ def test_x_t_follows_whatever_is_replaced(parts, randn64, perturbed):
     draw = Draw.of(LinearBeta(), x0, eps, t, surplus)
     lose, other, flipped = randn64(*x0.shape), randn64(*x0.shape), t.flip(0)
     assert_close(draw.replace(x0=lose).x_t, noised(LinearBeta(), lose, noise, t), rtol=1e-12, atol=1e-12)
-    assert_close(draw.replace(t=flipped).x_t, noised(LinearBeta(), x0, noise, flipped), rtol=1e-12, atol=1e-12)
+    assert_close(
+        draw.replace(t=flipped).x_t, noised(LinearBeta(), x0, noise, flipped), rtol=1e-12, atol=1e-12
+    )
     assert_close(draw.replace(eps=other).x_t, draw.replace(x0=x0, eps=other).x_t, rtol=0, atol=0)
-    assert_close(draw.replace(perturbation=None).x_t, noised(LinearBeta(), x0, eps, t), rtol=1e-12, atol=1e-12)
-    assert_close(draw.replace(schedule=Rectified()).x_t, noised(Rectified(), x0, noise, t), rtol=1e-12, atol=1e-12)
+    assert_close(
+        draw.replace(perturbation=None).x_t, noised(LinearBeta(), x0, eps, t), rtol=1e-12, atol=1e-12
+    )
+    assert_close(
+        draw.replace(schedule=Rectified()).x_t, noised(Rectified(), x0, noise, t), rtol=1e-12, atol=1e-12
+    )
     given = draw.replace(x_t=lose, eps=other)
     assert given.x_t is lose
     assert given.eps is other
@@ -109,7 +117,9 @@ def test_draws_of_two_schedules_do_not_share_a_batch(parts):
 
 @pytest.mark.parametrize("t", [torch.tensor([0.5, 0.5]), torch.full((4, 1), 0.5), torch.tensor([0.5])])
 def test_times_are_a_scalar_or_one_per_sample(parts, t):
-    with pytest.raises(ValueError, match=r"t is a scalar or has one value per sample, got \(.*\) for 4 samples"):
+    with pytest.raises(
+        ValueError, match=r"t is a scalar or has one value per sample, got \(.*\) for 4 samples"
+    ):
         Draw.of(Rectified(), *parts[:2], t)
 
 
@@ -125,7 +135,7 @@ def test_data_and_noise_have_one_shape(parts):
         Draw.of(Rectified(), x0, eps[:, :1], t)
 
 
-# ------------------------------------------------------------------------------------------------------------- coupling
+# --------------------------------------------------------------------------------------------------- coupling
 
 
 def test_independent_noise_is_that_of_its_stream(randn64):
@@ -137,7 +147,7 @@ def test_independent_noise_is_that_of_its_stream(randn64):
         assert Independent()(x0.to(dtype), Rng(0)).dtype == noise  # noise in half precision would be coarse
 
 
-# ---------------------------------------------------------------------------------------------------------- corruptions
+# ------------------------------------------------------------------------------------------------ corruptions
 
 
 def pure(shape, seed=0, **settings):
@@ -181,7 +191,9 @@ def test_input_perturbation_changes_x_t_and_nothing_else():
     for name in ("x0", "eps", "t"):
         assert torch.equal(getattr(draw, name), getattr(before, name))
     xi = Rng(0).normal("perturbation", shape, dtype=torch.float64)
-    assert_close(draw.x_t, noised(LinearBeta(), draw.x0, draw.eps + strength * xi, draw.t), rtol=1e-12, atol=1e-12)
+    assert_close(
+        draw.x_t, noised(LinearBeta(), draw.x0, draw.eps + strength * xi, draw.t), rtol=1e-12, atol=1e-12
+    )
     terms = Objective().score(_says(draw, before.eps), draw)
     assert torch.equal(terms.loss, torch.zeros(4, dtype=torch.float64))  # the target is the noise itself
 
@@ -218,7 +230,9 @@ def test_a_corruption_given_twice_draws_twice():
     twice = pure(shape, corruption=[OffsetNoise(0.3), OffsetNoise(0.4)])
     rng = Rng(0)
     first, second = (rng.normal("offset", (3, 2, 1), dtype=torch.float64) for _ in range(2))
-    assert_close(twice.eps - pure(shape).eps, (0.3 * first + 0.4 * second).expand(shape), rtol=1e-12, atol=1e-12)
+    assert_close(
+        twice.eps - pure(shape).eps, (0.3 * first + 0.4 * second).expand(shape), rtol=1e-12, atol=1e-12
+    )
     twice = pure(shape, corruption=[InputPerturbation(0.3), InputPerturbation(0.4)])
     first, second = (rng.normal("perturbation", shape, dtype=torch.float64) for _ in range(2))
     assert_close(twice.perturbation, 0.3 * first + 0.4 * second, rtol=1e-12, atol=1e-12)

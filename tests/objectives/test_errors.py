@@ -13,7 +13,7 @@ from gendiff.objectives import MSE, Huber
 ERRORS = pytest.mark.parametrize("error", [MSE(), Huber(0.001), Huber(0.5)], ids=repr)
 
 
-# ---------------------------------------------------------------------------------------------------------- the errors
+# ------------------------------------------------------------------------------------------------- the errors
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 2, 4, 4), (1, 1)])
@@ -27,7 +27,9 @@ def test_mse_is_the_mean_square_of_every_sample(randn64, shape):
 def test_huber_is_its_formula_to_the_last_digits(c):
     d = torch.cat([torch.logspace(-9, 6, 61, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
     with mpmath.workdps(50):
-        exact = [float(mpmath.sqrt(mpmath.mpf(v) ** 2 + mpmath.mpf(c) ** 2) - mpmath.mpf(c)) for v in d.tolist()]
+        exact = [
+            float(mpmath.sqrt(mpmath.mpf(v) ** 2 + mpmath.mpf(c) ** 2) - mpmath.mpf(c)) for v in d.tolist()
+        ]
     exact = torch.tensor(exact, dtype=torch.float64)
     assert_close(Huber(c).elementwise(d), exact, rtol=1e-14, atol=0)
     assert_close(Huber(c).elementwise(-d), exact, rtol=1e-14, atol=0)
@@ -63,7 +65,7 @@ def test_gradients_are_those_of_finite_differences(randn64):
         assert torch.autograd.gradcheck(lambda p, w, error=error: error(p, target, w), (prediction, where))
 
 
-# ---------------------------------------------------------------------------------------------------------------- masks
+# ------------------------------------------------------------------------------------------------------ masks
 
 
 @ERRORS
@@ -73,11 +75,15 @@ def test_where_is_a_weighted_mean_of_every_sample(error, randn64, shape):
     losses = error(prediction, target, where)
     elements, weights = error.elementwise(prediction - target), where.expand(3, 2, 4, 4)
     for sample in range(3):
-        pairs = list(zip(weights[sample].flatten().tolist(), elements[sample].flatten().tolist(), strict=True))
+        pairs = list(
+            zip(weights[sample].flatten().tolist(), elements[sample].flatten().tolist(), strict=True)
+        )
         expected = math.fsum(w * e for w, e in pairs) / math.fsum(w for w, _ in pairs)
         assert losses[sample].item() == pytest.approx(expected, rel=1e-12)
     assert_close(error(prediction, target, 7.5 * where), losses, rtol=1e-12, atol=0)
-    assert_close(error(prediction, target, torch.ones_like(where)), error(prediction, target), rtol=1e-12, atol=0)
+    assert_close(
+        error(prediction, target, torch.ones_like(where)), error(prediction, target), rtol=1e-12, atol=0
+    )
 
 
 @ERRORS
@@ -111,7 +117,7 @@ def test_a_sample_without_weight_has_loss_zero_and_gradient_zero(error, randn64)
     assert torch.equal(losses, torch.zeros(3, dtype=torch.float64))
 
 
-# ------------------------------------------------------------------------------------------------------------ precision
+# -------------------------------------------------------------------------------------------------- precision
 
 
 @ERRORS
@@ -124,7 +130,7 @@ def test_half_precision_is_compared_in_float32(error, randn64):
     assert error(prediction, target, torch.ones(1, 1, dtype=torch.float64)).dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (2, 4, 4), (2, 3, 4, 5), (2, 2, 1, 1), (3, 1, 4, 4), ()])

@@ -22,7 +22,14 @@ from gendiff.math.grids import shift_times
 from gendiff.objectives import LogitNormal, LogNormal, OnGrid, Stratified, TimeLaw, Uniform
 from gendiff.random import Rng, as_rng
 
-LAWS = [Uniform(), Uniform(0.2, 0.7), LogitNormal(), LogitNormal(0.5, 1.4, shift=3.0), LogNormal(), LogNormal(0.4, 0.9)]
+LAWS = [
+    Uniform(),
+    Uniform(0.2, 0.7),
+    LogitNormal(),
+    LogitNormal(0.5, 1.4, shift=3.0),
+    LogNormal(),
+    LogNormal(0.4, 0.9),
+]
 SCHEDULES = [LinearBeta(), ZeroTerminalSNR(ScaledLinearBeta(size=40)), Rectified(), VarianceExploding()]
 OPEN = 2.0**-33  # the smallest number of Rng's uniform in float64; the largest is 1 - OPEN
 
@@ -41,7 +48,7 @@ def log_ratio(schedule, t) -> torch.Tensor:
     return (sigma / alpha).log()
 
 
-# ------------------------------------------------------------------------------------- quantiles and draws, by scipy
+# ------------------------------------------------------------------------------ quantiles and draws, by scipy
 
 
 def uniform(low, high, schedule):
@@ -68,7 +75,9 @@ SCIPY = [
     (LogNormal(-0.4, 1.0), Rectified(), log_normal(-0.4, 1.0, Rectified())),
     (LogNormal(-0.4, 0.3), LinearBeta(), log_normal(-0.4, 0.3, LinearBeta())),
 ]
-AGAINST_SCIPY = pytest.mark.parametrize(("law", "schedule", "peer"), SCIPY, ids=[f"{a}-{b}" for a, b, _ in SCIPY])
+AGAINST_SCIPY = pytest.mark.parametrize(
+    ("law", "schedule", "peer"), SCIPY, ids=[f"{a}-{b}" for a, b, _ in SCIPY]
+)
 
 
 @AGAINST_SCIPY
@@ -100,7 +109,7 @@ def test_log_normal_stops_at_the_ends_of_the_schedule():
     assert_close(VarianceExploding().sigma(t), f64([0.002, 80.0]), rtol=1e-12, atol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------- OnGrid
+# ----------------------------------------------------------------------------------------------------- OnGrid
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10, 50, 999, 1000, 4001])
@@ -114,9 +123,9 @@ def test_on_grid_hits_every_time_equally_often_and_exactly(size):
 
 @pytest.mark.parametrize("size", [3, 1000, 4001])
 def test_on_grid_stays_on_the_grid_at_the_ends_of_u(size):
-    almost_one = math.nextafter(1, 0)  # times 3 this is rounded to 3
-    t = OnGrid().quantile(f64([0.0, OPEN, 1 - OPEN, almost_one]), Tabulated([1e-3] * size))
-    assert t.tolist() == [1 / size, 1 / size, 1.0, 1.0]
+    ends = [0.0, OPEN, 1 - OPEN, math.nextafter(1, 0), 1.0]
+    t = OnGrid().quantile(f64(ends), Tabulated([1e-3] * size))
+    assert t.tolist() == [1 / size, 1 / size, 1.0, 1.0, 1.0]
 
 
 def test_on_grid_draws_pass_the_chi_squared_test():
@@ -133,11 +142,13 @@ def test_on_grid_draws_pass_the_chi_squared_test():
 
 @pytest.mark.parametrize("schedule", [Rectified(), VarianceExploding()], ids=repr)
 def test_on_grid_refuses_a_schedule_without_one(schedule):
-    with pytest.raises(ValueError, match=r"OnGrid needs a table of betas, got .*; use Uniform\(\) or LogitNormal\(\)"):
+    with pytest.raises(
+        ValueError, match=r"OnGrid needs a table of betas, got .*; use Uniform\(\) or LogitNormal\(\)"
+    ):
         OnGrid().draw(schedule, 2, Rng(0))
 
 
-# ------------------------------------------------------------------------------------------------- what all laws keep
+# ----------------------------------------------------------------------------------------- what all laws keep
 
 
 @settings(max_examples=40)
@@ -169,13 +180,18 @@ def test_a_higher_mean_is_noisier_and_mean_zero_is_symmetric(law):
 def test_a_shift_is_a_map_of_times_and_adds_its_logarithm_to_the_mean(shift):
     u = midpoints(101)
     shifted = LogitNormal(0.4, 0.8, shift=shift).quantile(u, Rectified())
-    assert_close(shifted, shift_times(LogitNormal(0.4, 0.8).quantile(u, Rectified()), shift), rtol=1e-12, atol=0)
+    assert_close(
+        shifted, shift_times(LogitNormal(0.4, 0.8).quantile(u, Rectified()), shift), rtol=1e-12, atol=0
+    )
     moved = LogitNormal(0.4 + math.log(shift), 0.8).quantile(u, Rectified())
     assert_close(shifted, moved, rtol=1e-12, atol=0)
-    assert_close(shifted / (1 - shifted), f64(special.expit(0.4 + 0.8 * special.ndtri(u.numpy()))).logit().exp() * shift)
+    assert_close(
+        shifted / (1 - shifted),
+        f64(special.expit(0.4 + 0.8 * special.ndtri(u.numpy()))).logit().exp() * shift,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- Stratified
+# ------------------------------------------------------------------------------------------------- Stratified
 
 
 @pytest.mark.parametrize("law", [Uniform(), LogitNormal(0.5, 1.4, shift=3.0), LogNormal(-0.4, 0.9)], ids=repr)
@@ -223,10 +239,12 @@ def test_stratified_is_the_one_law_that_a_split_of_the_batch_changes():
         assert torch.equal(law.draw(Rectified(), 4, whole)[2:], law.draw(Rectified(), 2, half))
         whole.rewind()
         half.rewind()
-    assert not torch.equal(Stratified().draw(Rectified(), 4, whole)[2:], Stratified().draw(Rectified(), 2, half))
+    assert not torch.equal(
+        Stratified().draw(Rectified(), 4, whole)[2:], Stratified().draw(Rectified(), 2, half)
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (0.8, 0.2), (math.nan, 1.0)])
@@ -256,7 +274,9 @@ def test_a_shift_is_positive(shift):
 
 @pytest.mark.usefixtures("as_users_run")
 def test_stratified_spreads_a_law_and_not_its_class():
-    with pytest.raises(TypeError, match=r"Stratified spreads a TimeLaw, such as Stratified\(LogitNormal\(\)\), got"):
+    with pytest.raises(
+        TypeError, match=r"Stratified spreads a TimeLaw, such as Stratified\(LogitNormal\(\)\), got"
+    ):
         Stratified(LogitNormal)
 
 

@@ -20,7 +20,9 @@ class MLP(nn.Module):
         self.clock = clock
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.layers = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+            self.layers = nn.Sequential(
+                nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)
+            )
 
     def forward(self, x, timestep, cond):
         angle = (timestep / self.clock)[:, None] * torch.tensor([1.5, 3.0, 6.0])

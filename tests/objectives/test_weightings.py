@@ -1,4 +1,4 @@
-"""Weightings against their published formulas, diffusers' SNR, and the equality of one loss in every space."""
+"""Weightings against their published formulas and diffusers' SNR; one loss is equal in every space."""
 
 import math
 
@@ -47,7 +47,7 @@ def inner_times(schedule) -> torch.Tensor:
     return torch.linspace(max(schedule.t_min, 1e-3), 0.999, 37, dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------ published formulas
+# ----------------------------------------------------------------------------------------- published formulas
 
 
 @pytest.mark.parametrize("schedule", VARIANCE_PRESERVING, ids=repr)
@@ -127,7 +127,7 @@ def test_unweighted_is_one_in_every_space(space):
     assert torch.equal(Unweighted().weight(level, space), torch.ones(3, dtype=torch.float64))
 
 
-# ------------------------------------------------------------------------- one loss, whatever space it is told in
+# --------------------------------------------------------------------- one loss, whatever space it is told in
 
 
 def loss_in(space, level, x0, eps, mistake):
@@ -163,7 +163,7 @@ def test_one_loss_is_the_same_number_on_every_schedule(weighting, schedule, rand
     assert_close(losses, losses[:1].expand_as(losses), rtol=1e-9, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------- ends and errors
+# -------------------------------------------------------------------------------------------- ends and errors
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,9 @@ def test_zero_terminal_snr_weighs_nothing_in_v_where_x_t_says_nothing():
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
-@pytest.mark.parametrize(("kind", "name"), [(MinSNR, "gamma"), (SoftMinSNR, "gamma"), (EDMWeighting, "sigma_data")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(MinSNR, "gamma"), (SoftMinSNR, "gamma"), (EDMWeighting, "sigma_data")]
+)
 def test_constants_must_be_positive(kind, name, bad):
     with pytest.raises(ValueError, match=f"{name} must be positive, got {bad}"):
         kind(bad)

@@ -66,12 +66,13 @@ class Guider:
                     f"branch {name!r} is on {own.schedule!r}, the guider on {denoise.schedule!r}; branches "
                     f"can only be combined on one schedule."
                 )
+        signature = inspect.signature(combine)
         try:
-            inspect.signature(combine).bind(**self.branches)
+            signature.bind(**self.branches)
         except TypeError as error:
             raise TypeError(
                 f"the branches {sorted(self.branches)} must be the arguments of "
-                f"combine{inspect.signature(combine)}: {error}."
+                f"combine({', '.join(signature.parameters)}): {error}."
             ) from None
         self._groups = self._grouped()
 

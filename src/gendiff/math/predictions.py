@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gendiff._checks import same_shape, unknown
+from gendiff._checks import same_shape, unknown, working_dtype
 from gendiff.math.numeric import Number, numbers
 from gendiff.math.schedules import Level, Schedule
 
@@ -105,7 +105,7 @@ class Prediction:
     ) -> Float[Tensor, "B *dims"]:
         """The network output that stands for (x0, eps): p·x0 + q·eps, which is the target of training."""
         same_shape(x0=x0, eps=eps)
-        p, q = Level(*self.pair(level)).like(x0, x0.dtype)
+        p, q = Level(*self.pair(level)).like(x0, working_dtype(x0, eps))
         return p * x0 + q * eps
 
     def solve(

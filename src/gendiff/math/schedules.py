@@ -34,7 +34,10 @@ def times(t: Value, device: torch.device | None = None) -> Float64[Tensor, "..."
 
     A CUDA tensor is not read, because that would synchronise.
     """
-    result = torch.as_tensor(t, dtype=torch.float64, device=device)
+    if isinstance(t, Tensor):
+        result = t.to(device=device, dtype=torch.float64)
+    else:  # a fill, which a copy from the host would wait for and a captured graph refuses
+        result = torch.full((), t, dtype=torch.float64, device=device)
     if result.device.type == "cpu" and not bool(((result >= 0) & (result <= 1)).all()):
         raise ValueError(
             f"times lie in [0, 1] (0 is the data, 1 is the noise), got {result.min().item():g} … "

@@ -54,7 +54,9 @@ class Draw:
         same_shape(x0=x0, eps=eps)
         t = times(t, x0.device)
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x0)):
-            raise ValueError(f"t is a scalar or has one value per sample, got {tuple(t.shape)} for {len(x0)} samples.")
+            raise ValueError(
+                f"t is a scalar or has one value per sample, got {tuple(t.shape)} for {len(x0)} samples."
+            )
         t = t.expand(len(x0))
         x_t = schedule.mix(x0, eps if perturbation is None else eps + perturbation, t)
         return cls(x0, eps, t, schedule, x_t, perturbation)
@@ -95,9 +97,9 @@ class Corruption(ABC):
 @final
 @dataclass(frozen=True)
 class OffsetNoise(Corruption):
-    """Add to the noise one number per sample and channel, so that the mean of an image is learned too (Guttenberg 2023).
+    """Add one number per sample and channel to the noise, so that the mean of an image is learned too.
 
-    The target is made of the changed noise.
+    This is Guttenberg 2023. The target is made of the changed noise.
 
     Args:
         strength: standard deviation of that number, >= 0; 0.1 is usual.

@@ -31,8 +31,9 @@ class Error(ABC):
         Args:
             prediction: [B, *].
             target: [B, *].
-            where: weights of the elements, >= 0, broadcast over [B, *]: a mask, or any other emphasis. The mean is
-                the weighted one, Σ w·e / Σ w, so that only ratios matter; a sample without weight has error 0.
+            where: weights of the elements, >= 0, broadcast over [B, *]: a mask, or any other emphasis. The
+                mean is the weighted one, Σ w·e / Σ w, so that only ratios matter; a sample without weight has
+                error 0.
 
         Raises:
             ValueError: for shapes that do not agree.
@@ -49,8 +50,9 @@ class Error(ABC):
             a not in (1, b) for a, b in zip(where.shape, prediction.shape, strict=True)
         ):
             raise ValueError(
-                f"`where` has shape {tuple(where.shape)}, which must broadcast over {tuple(prediction.shape)} "
-                f"dimension by dimension; use 1 for a dimension it does not depend on."
+                f"`where` has shape {tuple(where.shape)}, which must broadcast over "
+                f"{tuple(prediction.shape)} dimension by dimension; use 1 for a dimension it does not depend "
+                f"on."
             )
         weight = where.to(dtype).expand_as(prediction).reshape(error.shape)
         total = weight.sum(1)
@@ -69,8 +71,9 @@ class MSE(Error):
 @final
 @dataclass(frozen=True)
 class Huber(Error):
-    r"""The pseudo-Huber error :math:`\sqrt{d^2 + c^2} - c` (Song & Dhariwal 2024, eq. 8), as the field's scripts have it.
+    r"""The pseudo-Huber error :math:`\sqrt{d^2 + c^2} - c` of every element.
 
+    That is how the field's scripts have it; Song & Dhariwal 2024, eq. 8, take the norm of a sample for d.
     Quadratic for :math:`|d| \ll c`, where it is :math:`d^2/(2c)`, and absolute beyond.
 
     Args:
@@ -88,4 +91,6 @@ class Huber(Error):
 
     def elementwise(self, difference: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
         # d²/(√(d² + c²) + c), which is the same number and cancels nothing where d is small
-        return difference * (difference / (torch.hypot(difference, torch.full_like(difference, self.c)) + self.c))
+        return difference * (
+            difference / (torch.hypot(difference, torch.full_like(difference, self.c)) + self.c)
+        )

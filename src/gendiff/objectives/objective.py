@@ -96,7 +96,9 @@ class Objective:
                 raise TypeError(f"{name} of an Objective is a {kind.__name__}, got {value!r}.")
         several = isinstance(self.corruption, Sequence)
         if not several or not all(isinstance(change, Corruption) for change in self.corruption):
-            raise TypeError(f"corruption of an Objective is a sequence of Corruptions, got {self.corruption!r}.")
+            raise TypeError(
+                f"corruption of an Objective is a sequence of Corruptions, got {self.corruption!r}."
+            )
         object.__setattr__(self, "corruption", tuple(self.corruption))
         if self.space is not None:
             object.__setattr__(self, "space", Prediction.of(self.space))
@@ -122,8 +124,8 @@ class Objective:
         """
         if not isinstance(getattr(denoise, "schedule", None), Schedule):
             raise TypeError(
-                f"an Objective trains a denoiser, which has a schedule, got {type(denoise).__name__}; wrap the network: "
-                f"Denoiser(network, schedule, prediction)."
+                f"an Objective trains a denoiser, which has a schedule, got {type(denoise).__name__}; wrap "
+                f"the network: Denoiser(network, schedule, prediction)."
             )
         draw = self.draw(denoise.schedule, x0, rng=rng)
         return self.score(denoise(draw.x_t, draw.t, cond), draw)
@@ -139,7 +141,9 @@ class Objective:
         """
         positive_batch(x0, "x0")
         if not x0.is_floating_point():
-            raise TypeError(f"x0 is {x0.dtype}; noise is added to floating-point data, so scale and cast it first.")
+            raise TypeError(
+                f"x0 is {x0.dtype}; noise is added to floating-point data, so scale and cast it first."
+            )
         finite_on_host(x0, "x0")
         rng = as_rng(rng)
         law = self.times if self.times is not None else (Uniform() if schedule.size is None else OnGrid())
@@ -154,23 +158,23 @@ class Objective:
         Args:
             denoised: the denoiser's answer at (draw.x_t, draw.t).
             draw: the draw.
-            where: weights of the elements, such as a mask, [B, *] with 1 where it does not depend on a dimension.
+            where: weights of the elements, such as a mask: [B, *], with 1 where it does not depend on a
+                dimension.
 
         Raises:
-            ValueError: for a `denoised` that has no network output while `space` is None, or shapes that do not agree.
+            ValueError: if `denoised` has no network output and `space` is None, or shapes do not agree.
         """
         own = denoised.prediction
         space = own if self.space is None else Prediction.of(self.space)
         if space is None or (self.space is None and denoised.out is None):
             raise ValueError(
-                "this Denoised has no network output to compare; say in which space its pair is compared, such as "
-                "Objective(space='x0')."
+                "this Denoised has no network output to compare; say in which space its pair is compared, "
+                "such as Objective(space='x0')."
             )
         level = draw.level
         own_words = denoised.out if space == own else None
         said = space.output(denoised.x0, denoised.eps, level) if own_words is None else own_words
-        # data in half precision is widened first, as in x_t, so that no coefficient is rounded to it
-        loss = self.error(said, space.output(draw.x0.to(draw.x_t.dtype), draw.eps, level), where)
+        loss = self.error(said, space.output(draw.x0, draw.eps, level), where)
         weight = None if isinstance(self.weighting, Unweighted) else self.weighting.weight(level, space)
         return LossTerms(
             loss=loss,

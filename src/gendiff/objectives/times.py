@@ -41,7 +41,9 @@ class OnGrid(TimeLaw):
     def quantile(self, u: Float64[Tensor, "B"], schedule: Schedule) -> Float64[Tensor, "B"]:
         size = schedule.size
         if size is None:
-            raise ValueError(f"OnGrid needs a table of betas, got {schedule!r}; use Uniform() or LogitNormal().")
+            raise ValueError(
+                f"OnGrid needs a table of betas, got {schedule!r}; use Uniform() or LogitNormal()."
+            )
         return ((u * size).floor().clamp(max=size - 1) + 1) / size
 
 
@@ -66,8 +68,8 @@ class Uniform(TimeLaw):
         low = schedule.t_min if self.low is None else self.low
         if not low < self.high:
             raise ValueError(
-                f"Uniform(high={self.high}) lies below the smallest time {low} of {schedule!r}; give a larger high, or a "
-                f"low of its own."
+                f"Uniform(high={self.high}) lies below the smallest time {low} of {schedule!r}; give a "
+                f"larger high, or a low of its own."
             )
         return low + u * (self.high - low)
 
@@ -96,7 +98,8 @@ class LogitNormal(TimeLaw):
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf and 0 < self.shift < math.inf):
             raise ValueError(
-                f"LogitNormal needs a finite mean and a positive std and shift, got {self.mean}, {self.std}, {self.shift}."
+                f"LogitNormal needs a finite mean and a positive std and shift, got {self.mean}, {self.std}, "
+                f"{self.shift}."
             )
 
     def quantile(self, u: Float64[Tensor, "B"], schedule: Schedule) -> Float64[Tensor, "B"]:
@@ -107,7 +110,9 @@ class LogitNormal(TimeLaw):
 @final
 @dataclass(frozen=True)
 class LogNormal(TimeLaw):
-    r"""Times whose ratio sigma/alpha is log-normal: :math:`\log(\sigma/\alpha) \sim \mathcal N(\text{mean}, \text{std}^2)`.
+    r"""Times whose ratio sigma/alpha is log-normal.
+
+    .. math:: \log(\sigma/\alpha) \sim \mathcal N(\text{mean}, \text{std}^2)
 
     The defaults are EDM's (Karras et al. 2022, table 1, training).
 
@@ -122,7 +127,9 @@ class LogNormal(TimeLaw):
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
-            raise ValueError(f"LogNormal needs a finite mean and a positive std, got {self.mean} and {self.std}.")
+            raise ValueError(
+                f"LogNormal needs a finite mean and a positive std, got {self.mean} and {self.std}."
+            )
 
     def quantile(self, u: Float64[Tensor, "B"], schedule: Schedule) -> Float64[Tensor, "B"]:
         log_ratio = self.mean + self.std * torch.special.ndtri(u)
@@ -132,10 +139,10 @@ class LogNormal(TimeLaw):
 @final
 @dataclass(frozen=True)
 class Stratified(TimeLaw):
-    """Another law, with the batch spread over it: sample i of B falls in the i-th of B equal shares (Kingma et al. 2021).
+    """Another law, with the batch spread over it: sample i of B falls in the i-th of B equal shares.
 
-    The loss has the same expectation and less variance. Each time depends on the sample's place in the batch, so this
-    is the one law that a split of the batch changes.
+    The loss has the same expectation and less variance (Kingma et al. 2021). Each time depends on the
+    sample's place in the batch, so this is the one law that a split of the batch changes.
 
     >>> from gendiff.math import Rectified
     >>> from gendiff.random import Rng
@@ -148,7 +155,9 @@ class Stratified(TimeLaw):
 
     def __post_init__(self) -> None:
         if not isinstance(self.law, TimeLaw):
-            raise TypeError(f"Stratified spreads a TimeLaw, such as Stratified(LogitNormal()), got {self.law!r}.")
+            raise TypeError(
+                f"Stratified spreads a TimeLaw, such as Stratified(LogitNormal()), got {self.law!r}."
+            )
 
     def quantile(self, u: Float64[Tensor, "B"], schedule: Schedule) -> Float64[Tensor, "B"]:
         place = torch.arange(len(u), dtype=torch.float64, device=u.device)

@@ -1,7 +1,7 @@
 r"""Weightings: how much each noise level counts.
 
-A weighting says how much the error of x0 counts, :math:`w_{x_0}`. An error e of the space a loss is computed in is
-an error :math:`(\sigma/D)\,e` of x0 (`gendiff.math.predictions`), so its weight there is
+A weighting says how much the error of x0 counts, :math:`w_{x_0}`. An error e of the space a loss is computed
+in is an error :math:`(\sigma/D)\,e` of x0 (`gendiff.math.predictions`), so its weight there is
 :math:`w = w_{x_0}\,(\sigma/D)^2`. One formula a weighting serves every prediction type.
 """
 
@@ -39,7 +39,10 @@ class DataWeighting(Weighting):
 
     @final
     def weight(self, level: Level, space: Prediction) -> Float64[Tensor, "B"]:
-        return self.of_snr((level.alpha / level.sigma).square()) * (level.sigma / space.determinant(level)).square()
+        return (
+            self.of_snr((level.alpha / level.sigma).square())
+            * (level.sigma / space.determinant(level)).square()
+        )
 
     @abstractmethod
     def of_snr(self, snr: Float64[Tensor, "B"]) -> Float64[Tensor, "B"]:
@@ -73,7 +76,7 @@ class MinSNR(DataWeighting):
 @final
 @dataclass(frozen=True)
 class SoftMinSNR(DataWeighting):
-    r"""Soft-min-SNR-γ (Crowson et al. 2024, eq. 4): :math:`w_{x_0} = \gamma\,\text{SNR}/(\text{SNR} + \gamma)`.
+    r"""Soft-min-SNR-γ (Crowson et al. 2024, eq. 4): :math:`w_{x_0} = 1/(1/\text{SNR} + 1/\gamma)`.
 
     Args:
         gamma: where the weight stops growing, > 0.
@@ -88,16 +91,16 @@ class SoftMinSNR(DataWeighting):
         _positive("gamma", self.gamma)
 
     def of_snr(self, snr: Float64[Tensor, "B"]) -> Float64[Tensor, "B"]:
-        return 1 / (1 / snr + 1 / self.gamma)  # the harmonic form is right at an SNR of 0 and of infinity too
+        return 1 / (1 / snr + 1 / self.gamma)  # right at an SNR of 0 and of infinity too
 
 
 @final
 @dataclass(frozen=True)
 class EDMWeighting(DataWeighting):
-    r"""EDM's weighting (Karras et al. 2022, table 1): :math:`w_{x_0} = (\sigma^2 + s^2)/(\sigma s)^2` at alpha = 1.
+    r"""EDM's weighting (Karras et al. 2022, table 1): :math:`w_{x_0} = \text{SNR} + 1/s^2`.
 
-    In terms of the SNR that is :math:`\text{SNR} + 1/s^2`. With `edm` prediction and the same s it is 1 in the
-    network's space.
+    At alpha = 1 that is their :math:`(\sigma^2 + s^2)/(\sigma s)^2`. With `edm` prediction and the same s it
+    is 1 in the network's space.
 
     Args:
         sigma_data: standard deviation s of the data, > 0.

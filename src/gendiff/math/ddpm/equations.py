@@ -28,8 +28,8 @@ the same line with
           c_1 + \alpha\,c_2 = 1,\qquad \tilde\beta = c_2\,\beta
 
 **Precision.** Everything is computed from log ᾱ with expm1, in float64: relative error below 1e-12. A
-function that is given ᾱ itself cannot do better than about 4·eps/(1 - α), eps = 2.2e-16, because ᾱ has been
-rounded: 1e-11 between neighbours of a table of 1000 where β is 1e-4.
+function that is given ᾱ itself cannot do better than about 4·eps/(1 - α), or 4·eps/(1 - ᾱ_s) where that is
+more, eps = 2.2e-16, because ᾱ has been rounded: 1e-11 between neighbours of a table where β is 1e-4.
 """
 
 import math
@@ -105,8 +105,10 @@ def step_coefficients(alpha_bar_t: AlphaBar, alpha_bar_s: AlphaBar, *, log: bool
     if log:
         return coefficients(alpha_bar_t, alpha_bar_s)
     bar_t, bar_s = _float64(alpha_bar_t), _float64(alpha_bar_s)
-    # the difference of neighbours is exact, which that of their rounded logs is not
-    return _coefficients(bar_t.log(), bar_s.log(), torch.log1p((bar_t - bar_s) / bar_s))
+    # the difference of neighbours is exact, which that of their rounded logs is not; far apart the ratio is
+    neighbours = torch.log1p((bar_t - bar_s) / bar_s)
+    log_alpha = torch.where(2 * bar_t > bar_s, neighbours, (bar_t / bar_s).log())
+    return _coefficients(bar_t.log(), bar_s.log(), log_alpha)
 
 
 def transition(level_t: Level, level_s: Level) -> Coefficients:

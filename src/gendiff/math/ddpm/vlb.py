@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gendiff._checks import same_shape
+from gendiff._checks import same_shape, working_dtype
 from gendiff.math.ddpm.equations import AlphaBar, level_of, posterior, step_coefficients
 from gendiff.math.ddpm.step import MIN_LOG_VARIANCE
 from gendiff.math.numeric import log_ndtr
@@ -77,7 +77,7 @@ def prior_term(
     >>> prior_term(torch.zeros(1, 4), 0.0)
     tensor([0.])
     """
-    alpha, sigma = level_of(alpha_bar_T, log=log).like(x0, x0.dtype)
+    alpha, sigma = level_of(alpha_bar_T, log=log).like(x0, working_dtype(x0))
     zero = torch.zeros_like(x0)
     return _bits(normal_kl(alpha * x0, 2 * sigma.log().expand_as(x0), zero, zero))
 
@@ -102,7 +102,8 @@ def vlb_term(
         x0: clean data in [-1, 1], [B, *].
         x_t: noised data, [B, *].
         mean: mean of p(x_s | x_t), [B, *], as `step` gives it.
-        log_variance: its log variance. For L_0 with a fixed small variance give the clipped one of `Tables`.
+        log_variance: its log variance. For L_0 the lower bound of `fixed_small` and `learned_range` is 0:
+            give the clipped one of `Tables`, or `ddpm.log_variance` the coefficients with it as variance.
         alpha_bar_t: ᾱ_t, scalar or [B].
         alpha_bar_s: ᾱ_s > ᾱ_t, scalar or [B]; 1 is the data.
         bins: number of values that a datum can take.
