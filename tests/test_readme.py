@@ -29,7 +29,12 @@ def test_the_snippet_trains_and_samples():
     net = Net()
     before = net.scale.weight.detach().clone()
     batch = {"image": torch.rand(4, 1, 8, 8), "label": torch.arange(4), "id": [10, 11, 12, 13]}
-    scope = {"net": net, "loader": [batch], "epoch": 0, "optimizer": torch.optim.SGD(net.parameters(), lr=0.1)}
+    scope = {
+        "net": net,
+        "loader": [batch],
+        "epoch": 0,
+        "optimizer": torch.optim.SGD(net.parameters(), lr=0.1),
+    }
     exec(code[1], scope)
     assert not torch.equal(before, net.scale.weight)
     images = scope["images"]

@@ -1,24 +1,43 @@
 """Solvers have the order they declare, measured on exact laws; and the measure catches those that do not."""
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
 
 from gendiff.denoiser import OracleDenoiser
-from gendiff.math import GaussianOracle, LinearBeta, Rectified, grids
+from gendiff.math import grids
 from gendiff.sampling import DDIM, DDPM, Euler, Heun, Query, Solver, sample
 from gendiff.testing.solvers import LAWS, SCHEDULES, Order, check_solver, measure_order
 
 LINE, PLANE, MIXTURE = LAWS
-SOLVERS = [Euler(), DDIM(), Heun(), DDIM(eta=0.5), DDPM(), DDPM("fixed_large")]
+BETAS, STRAIGHT, EXPLODING = SCHEDULES
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
-def test_the_declared_order_is_the_measured_one(solver) -> None:
-    """Deterministic methods against the exact flow, stochastic ones against the exact marginal: all within 0.15."""
-    check_solver(solver)
+@pytest.mark.parametrize(
+    ("solver", "schedules", "steps"),
+    [
+        (Euler(), [STRAIGHT], (16, 32)),
+        (DDIM(), [BETAS], (16, 32)),
+        (Heun(), [BETAS, STRAIGHT], (20, 40)),
+        (DDIM(eta=0.5), [BETAS], (32, 64)),
+        (DDPM(), [BETAS], (48, 96)),
+        (DDPM("fixed_large"), [STRAIGHT], (32, 64)),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, Solver) else "",
+)
+def test_the_declared_order_is_the_measured_one(solver, schedules, steps) -> None:
+    """Deterministic methods against the exact flow, stochastic ones against the exact marginal: within 0.15.
+
+    `benchmarks/order.py` prints the same on every schedule and with smaller steps.
+    """
+    check_solver(solver, schedules=schedules, steps=steps)
+
+
+def test_heun_on_the_schedule_it_was_published_for() -> None:
+    assert measure_order(Heun(), LINE, EXPLODING, steps=(20, 40)).order == pytest.approx(2, abs=0.15)
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Tilted(Solver):
 
 @dataclass(frozen=True)
 class Adams(Solver):
-    """Adams-Bashforth over three answers, x0 a polynomial in alpha and eps one in sigma; starts as Euler's method."""
+    """Adams-Bashforth over three answers, x0 a polynomial in alpha, eps one in sigma; starts as Euler's."""
 
     order: int = 3
     start_order: int = 2
@@ -68,28 +87,31 @@ class Adams(Solver):
 
 
 def test_a_wrong_weight_of_heun_is_caught() -> None:
-    with pytest.raises(AssertionError, match=r"in 9 of 9 cases.*FAILS.*GaussianOracle\(2\) Rectified cold") as caught:
-        check_solver(Tilted(), steps=(16, 32))
+    with pytest.raises(AssertionError, match="in 3 of 3 cases") as caught:
+        check_solver(Tilted(), schedules=[STRAIGHT], steps=(16, 32))
     table = str(caught.value).splitlines()[1:]
-    assert len(table) == 9
-    assert all("declared 2, measured Order(1." in row for row in table)
+    laws = "GaussianOracle(1)", "GaussianOracle(2)", "MixtureOracle(1)"
+    for row, law in zip(table, laws, strict=True):
+        assert row.startswith(f"FAILS  {law} Rectified cold ")
+        assert "declared 2, measured Order(1.0" in row
 
 
 def test_order_and_start_order_of_a_multistep_method_are_told_apart() -> None:
-    cold, warm = (
-        measure_order(Adams(), LINE, Rectified(), steps=(64, 128), exact_history=exact) for exact in (False, True)
-    )
-    assert cold.order == pytest.approx(2, abs=0.15)
-    assert warm.order == pytest.approx(3, abs=0.15)
-    check_solver(Adams(), schedules=[Rectified()])
-    with pytest.raises(AssertionError, match=r"FAILS  GaussianOracle\(1\) Rectified cold +declared 3"):
-        check_solver(Adams(start_order=3), schedules=[Rectified()])
-    with pytest.raises(AssertionError, match=r"FAILS  GaussianOracle\(1\) Rectified from exact history +declared 2"):
-        check_solver(Adams(order=2), schedules=[Rectified()])
+    """Started as Euler's method it has order 2 for ever; with exact history its own, which is 3."""
+
+    def check(solver):
+        check_solver(solver, laws=[PLANE], schedules=[STRAIGHT], steps=(32, 64))
+
+    check(Adams())
+    with pytest.raises(AssertionError, match="in 2 of 2 cases") as caught:
+        check(Adams(order=2, start_order=3))
+    cold, warm = str(caught.value).splitlines()[1:]
+    assert re.search(r"Rectified cold +declared 3, measured Order\((1.9|2.0)", cold)
+    assert re.search(r"Rectified from exact history +declared 2, measured Order\((2.9|3.0)", warm)
 
 
 @dataclass(frozen=True)
-class Cold(Solver):
+class Weak(Solver):
     """DDPM that draws its noise a tenth too small."""
 
     order: ClassVar[int] = 1
@@ -107,43 +129,35 @@ class Cold(Solver):
 
 
 def test_too_little_noise_is_caught() -> None:
-    with pytest.raises(AssertionError, match=r"in 6 of 6 cases"):
-        check_solver(Cold(), steps=(16, 32))
-    assert measure_order(Cold(), LINE, LinearBeta(), steps=(32, 64)).order < 0.5
+    with pytest.raises(AssertionError, match=r"in 1 of 1 cases"):
+        check_solver(Weak(), laws=[LINE], schedules=[STRAIGHT], steps=(16, 32))
 
 
 def test_the_law_read_off_a_run_is_the_law_of_samples(randn64) -> None:
-    """The affine map against Monte Carlo: 100,000 samples of 8 steps of DDPM have the error that is measured."""
-    grid = grids.uniform(Rectified(), 8, 1.0, 0.02)
+    """The affine map against Monte Carlo: 100,000 samples of DDPM have the error that is measured."""
+    grid = grids.uniform(STRAIGHT, 8, 1.0, 0.02)
     x = randn64(100_000, 2)
     noise = torch.Generator().manual_seed(1)
-    x = sample(OracleDenoiser(PLANE, Rectified()), x, grid, DDPM(), rng=noise)
+    x = sample(OracleDenoiser(PLANE, STRAIGHT), x, grid, DDPM(), rng=noise)
     exact = PLANE.marginal(*grid.level(8))
     seen = torch.cat([x.mean(0) - exact.mean, (x.T.cov() - exact.covariance).flatten()]).norm().item()
-    assert measure_order(DDPM(), PLANE, Rectified(), steps=(8, 16)).errors[0] == pytest.approx(seen, rel=0.03)
+    assert measure_order(DDPM(), PLANE, STRAIGHT, steps=(8, 16)).errors[0] == pytest.approx(seen, rel=0.03)
 
 
 def test_a_mixture_has_no_affine_law() -> None:
-    with pytest.raises(ValueError, match=r"DDPM.*exact from a cold start on a GaussianOracle only; got MixtureOracle"):
-        measure_order(DDPM(), MIXTURE, Rectified())
+    with pytest.raises(
+        ValueError, match=r"DDPM.*exact from a cold start on a GaussianOracle only; got MixtureOracle"
+    ):
+        measure_order(DDPM(), MIXTURE, STRAIGHT)
     with pytest.raises(ValueError, match=r"exact_history=True"):
-        measure_order(DDPM(), LINE, Rectified(), exact_history=True)
+        measure_order(DDPM(), LINE, STRAIGHT, exact_history=True)
 
 
 def test_order_is_a_least_squares_slope() -> None:
-    """Against numbers made by hand, with a perturbation that a chain of two-point slopes would weigh otherwise."""
-    order = Order((10, 20, 40), (8.0, 2.0, 1.0))
-    assert order.slopes == pytest.approx((2.0, 1.0))
-    assert order.order == pytest.approx(1.5)
-    assert repr(order) == "Order(1.50: error 8.0e+00 at 10 steps, 2.0e+00 at 20, 1.0e+00 at 40)"
+    """By hand: 4, 2, 1, 0 over 1.5, 0.5, -0.5, -1.5 is 6.5/5, which is not the mean of the slopes."""
+    order = Order((8, 16, 32, 64), (16.0, 4.0, 2.0, 1.0))
+    assert order.slopes == pytest.approx((2.0, 1.0, 1.0))
+    assert order.order == pytest.approx(1.3)
+    assert repr(order) == "Order(1.30: error 1.6e+01 at 8 steps, 4.0e+00 at 16, 2.0e+00 at 32, 1.0e+00 at 64)"
     with pytest.raises(ValueError, match=r"two or more numbers of steps"):
         Order((10,), (1.0,))
-
-
-def test_the_laws_are_no_accident() -> None:
-    """On a unit Gaussian every VP flow is straight and Euler is exact: such a law would measure nothing."""
-    unit = GaussianOracle.isotropic(torch.zeros(1), 1.0)
-    errors = measure_order(Euler(), unit, LinearBeta(), steps=(8, 16)).errors
-    assert max(errors) < 0.02
-    assert all(max(measure_order(Euler(), law, SCHEDULES[0], steps=(8, 16)).errors) > 0.05 for law in LAWS)
-    assert replace(Adams(), order=2) != Adams()

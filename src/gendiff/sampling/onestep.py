@@ -4,7 +4,6 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, final, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -127,14 +126,8 @@ class DDPM(OneStep):
         if not self.needs_noise(state):
             return mean
         raw = denoised.log_var if self.variance.startswith("learned") else None
-        std = (ddpm.log_variance(self.variance, _filled(c, mean.device), mean, raw) / 2).exp()
+        std = (ddpm.log_variance(self.variance, c, mean, raw) / 2).exp()
         return mean + std * required(noise, self)
-
-
-def _filled(c: ddpm.Coefficients, device: torch.device) -> ddpm.Coefficients:
-    """The coefficients on a device, by filling: a copy from the host would wait for the device."""
-    values = scalars(*c)
-    return ddpm.Coefficients(*(torch.full((), v, dtype=torch.float64, device=device) for v in values))
 
 
 class _Tried(NamedTuple):
