@@ -284,3 +284,15 @@ def test_a_run_ends_where_the_law_of_the_data_is(generator) -> None:
     x = sample(OracleDenoiser(law, BETAS), x, grids.trailing(BETAS, 40), Heun())
     torch.testing.assert_close(x.mean(0), law.mean, rtol=0, atol=0.03)
     torch.testing.assert_close(x.T.cov(), law.covariance, rtol=0, atol=0.03)
+
+
+def test_bad_input_is_refused_at_the_call_and_before_the_network_runs() -> None:
+    def never(*_):
+        raise AssertionError("the network was run")
+
+    never.schedule = GRID.schedule
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="the grid is on"):
+        iterate(Denoiser(halves, Rectified(), "flow"), x, GRID, Euler())
+    with pytest.raises(ValueError, match="pass rng=Rng"):
+        next(iterate(never, x, GRID, DDPM()))

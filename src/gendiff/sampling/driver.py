@@ -77,7 +77,13 @@ def iterate(
             f"the grid is on {grid.schedule!r} but the denoiser was made for {denoise.schedule!r}; "
             f"make the grid with schedule=denoise.schedule."
         )
-    source = None if rng is None else as_rng(rng)
+    return _steps(denoise, solver.init(x, grid), solver, cond, None if rng is None else as_rng(rng), grad)
+
+
+def _steps(
+    denoise: Denoise, state: State, solver: Solver, cond: Cond, source: Randomness | None, grad: bool
+) -> Iterator[Step]:
+    """The loop itself, apart from `iterate`, so that this one refuses bad input when it is called."""
     carry: Any = None
 
     def ask_network(x: Tensor, t: Tensor) -> Denoised:
@@ -90,9 +96,8 @@ def iterate(
         assert source is not None
         return source.normal("step", x.shape, dtype=x.dtype, device=x.device)
 
-    state = solver.init(x, grid)
     while not state.done:
-        i, (t, s) = state.i, map(float, grid.times[state.i : state.i + 2])
+        i, (t, s) = state.i, map(float, state.grid.times[state.i : state.i + 2])
         with torch.set_grad_enabled(grad):
             state, denoised = solver.step(state, ask_network, draw if source is not None else None)
         yield Step(i, t, s, state.x, denoised, state)

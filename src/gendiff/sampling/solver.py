@@ -119,8 +119,9 @@ class Solver(ABC):
         while state.i == i:
             query = self.ask(state)
             assert query is not None
+            noise = self._noise(state, draw)  # before the network is run for nothing
             denoised = denoise(query.x, query.t)
-            state = self.tell(state, denoised, self._noise(state, draw))
+            state = self.tell(state, denoised, noise)
         return state, denoised  # pyright: ignore[reportPossiblyUnboundVariable]
 
     @final
