@@ -29,6 +29,7 @@ from gendiff.math.ddpm import (
     step_coefficients,
     transition,
 )
+from gendiff.math.gaussians import GaussianOracle, MixtureOracle
 from gendiff.math.schedules import Level, Rectified, Schedule, VarianceExploding
 from gendiff.math.tables import CosineBeta, LinearBeta, ScaledLinearBeta, TableSchedule, ZeroTerminalSNR
 
@@ -416,6 +417,26 @@ def test_a_bounded_step_keeps_the_pair_at_x_t(bound: Any, prediction: Any) -> No
     assert (bound is None) == done.x0.equal(free.x0)
     mean, _ = posterior(done.x0, x_t, bar_t, bar_s)
     assert done.mean.equal(mean)
+
+
+def test_a_step_with_the_exact_denoiser_has_the_exact_mean() -> None:
+    """E[x_s | x_t] = E[E[x_s | x_t, x0] | x_t], which for correlated Gaussian data is a linear regression.
+
+    In three dimensions, since in two LAPACK's eigenvectors are a symmetric matrix, its own transpose.
+    """
+    root, centre, x_t = draws(5, 3, 3), draws(6, 3), draws(7, 4, 3)
+    covariance, unit = root @ root.T, torch.eye(3, dtype=torch.float64)
+    bar_t, bar_s = 0.2, 0.6
+    alpha, beta = bar_t / bar_s, 1 - bar_t / bar_s
+    of_s = bar_s * covariance + (1 - bar_s) * unit
+    gain = alpha**0.5 * of_s @ torch.linalg.inv(alpha * of_s + beta * unit)
+    expected = bar_s**0.5 * centre + (x_t - bar_t**0.5 * centre) @ gain.T
+    law = GaussianOracle(centre, covariance)
+    x0 = law.x0(x_t, *level_of(bar_t))
+    done = step(x0, x_t, bar_t, bar_s, noise=0 * x_t, prediction="x0")
+    torch.testing.assert_close(done.mean, expected, rtol=1e-11, atol=1e-11)
+    mixed = MixtureOracle(torch.tensor([0.25, 0.75]), centre.expand(2, 3), covariance.expand(2, 3, 3))
+    torch.testing.assert_close(mixed.x0(x_t, *level_of(bar_t)), x0, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])

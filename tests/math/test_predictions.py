@@ -177,15 +177,12 @@ def test_a_sign_flips_the_output_and_nothing_else(name: str) -> None:
 
 
 def test_coefficients_are_divided_before_they_are_cast() -> None:
-    """Beside the data 1/D overflows half precision, and float32 loses the digits that a quotient keeps."""
-    level = Level(torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64))
-    x_t, out = torch.full((1, 2), 3.0), torch.full((1, 2), 0.5)
-    x0, eps = Prediction("v").solve(out, x_t, level)
-    assert x0.dtype == eps.dtype == torch.float32
-    tiny = Level(torch.tensor(1e-30, dtype=torch.float64), torch.tensor(1e-30, dtype=torch.float64))
-    x0, eps = Prediction("flow").solve(out, x_t, tiny)
-    torch.testing.assert_close(x0, 5e29 * x_t - out / 2)
-    torch.testing.assert_close(eps, 5e29 * x_t + out / 2)
+    """1/1000 has no exact half, which 1000 is."""
+    level = Level(torch.tensor(1e-3, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+    x_t, out = torch.zeros(1, 2, dtype=torch.float16), torch.ones(1, 2, dtype=torch.float16)
+    x0, eps = Prediction("epsilon").solve(out, x_t, level)
+    assert x0.dtype == eps.dtype == torch.float16
+    assert x0.tolist() == [[-1000.0, -1000.0]]
 
 
 @pytest.mark.parametrize("schedule", [Rectified(), ZeroTerminalSNR(LinearBeta())], ids=["flow", "zero SNR"])
@@ -207,6 +204,16 @@ def test_an_output_that_says_nothing_is_not_solved(name: str, t: float) -> None:
         ValueError, match=rf"{name} prediction does not determine x0 and eps where alpha = \[0.5, {1 - t}\]"
     ):
         Prediction(name).solve(torch.ones(2, 3), torch.ones(2, 3), level)
+
+
+def test_an_output_is_at_least_float32_and_has_the_digits_of_both() -> None:
+    level = Rectified().level(0.1)
+    one, prediction = torch.ones(1, 2), Prediction("flow")
+    assert prediction.output(one.half(), one.half(), level).dtype == torch.float32
+    # -0.6·x0 + 0.8·eps, with coefficients of the wider dtype
+    level = Level(torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64))
+    out = Prediction("v").output(one, one.double(), level)
+    assert out.equal(torch.full((1, 2), 0.8 - 0.6, dtype=torch.float64))
 
 
 def test_of_takes_a_name_or_a_prediction() -> None:
