@@ -71,7 +71,7 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)  # for the initial weights; all else is drawn from a Rng
     codec = PixelCodec(channels=1, classes=10, drop=0.12)
     denoiser = Denoiser(UNet(codec.classes), CosineBeta(), "v")
-    seen = train(denoiser, codec, digits, epochs=5 if args.short else 40, seed=args.seed)
+    seen = train(denoiser, codec, digits, epochs=8 if args.short else 40, seed=args.seed)
     labels = digits.labels[: 359 if args.short else None]
     samples = {s: generate(denoiser, codec, labels, s, args.seed) for s in (0.0, 1.0, 1.5, 3.0)}
     report(args, digits, labels, samples, seen)

@@ -181,9 +181,9 @@ def test_a_short_run_learns_the_classes_and_writes_its_report(tmp_path: Path) ->
     accuracy = [row[0] for row in rows.values()]
     assert accuracy[0] > 98
     assert accuracy[1] < 25  # the class is not seen at scale 0: this is chance
-    assert accuracy[3] > 60
+    assert accuracy[3] > 60  # six times chance
     assert accuracy[2] < accuracy[3] < accuracy[4]  # guidance makes the class plainer
-    assert rows["scale 1.5"][2] < 12
+    assert rows["scale 1.5"][2] < 8
     assert all(30 < row[3] < 70 for row in rows.values())
     assert "not the claim" in done.stdout
     assert "images/s" in done.stderr
