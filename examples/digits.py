@@ -1,6 +1,6 @@
 """Train a class-conditional diffusion model of handwritten digits, sample it with guidance, judge it.
 
-    python examples/digits.py           # two CPU cores: about 100 s
+    python examples/digits.py           # two CPU cores: about 2 minutes
     python examples/digits.py --short   # the same code with fewer steps: about 20 s
 
 Expected: a table of accuracy, Fréchet distance and nearness to training images at every guidance scale,

@@ -91,7 +91,7 @@ class Law(ABC):
             ValueError: alpha and sigma both 0, a level without a density, shapes that do not agree.
 
         References:
-            Karras et al. 2022, appendix B.3, eq. 57, which is this with C_k = 0.
+            Karras et al. 2022, appendix B.3, which is this with C_k = 0.
 
         >>> from gendiff.math.gaussians import MixtureOracle
         >>> two = MixtureOracle(torch.ones(2) / 2, torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1, 1))
