@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+EMOJI_ARGS ?=
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -13,7 +14,7 @@ PY := $(BIN)/python
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check format lint types contracts docs test-gpu mutants bench clean
+.PHONY: demo test test-kill emoji check format lint types contracts docs test-gpu mutants bench clean
 
 demo: $(VENV)/.installed-demo
 	$(PY) examples/digits.py $(DEMO_ARGS)
@@ -21,6 +22,15 @@ demo: $(VENV)/.installed-demo
 test: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# Hundreds of kills and thousands of damaged files; `make test` has a small share of them.
+test-kill: export HF_HUB_OFFLINE = 1
+test-kill: $(VENV)/.installed-dev
+	$(PY) -m pytest tests/faults -m slow $(PYTEST_ARGS)
+
+emoji: export HF_HUB_OFFLINE = 1
+emoji: $(VENV)/.installed-emoji
+	$(PY) examples/emoji.py $(EMOJI_ARGS)
 
 check: format lint types contracts
 

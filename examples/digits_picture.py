@@ -1,7 +1,8 @@
 """The picture of `digits.py`: samples by class and guidance scale beside the loss by noise level."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,22 +14,23 @@ EACH, CELL, GAP = (
     9,
     5,
 )  # images of a class in a column; pixels of one with a line beside it; between columns
+LEVELS = np.arange(-9.5, 10)  # the middles of the levels that the trainer sums its losses by
+Rows = Sequence[Mapping[str, Any]]
 PHASES = {"first tenth of training": (0.0, 0.1), "last quarter": (0.75, 1.0)}
 
 
-def draw(path: Path, columns: Mapping[str, tuple[NDArray, NDArray]], log_snr: NDArray, loss: NDArray) -> None:
+def draw(path: Path, columns: Mapping[str, tuple[NDArray, NDArray]], rows: Rows) -> None:
     """Write the picture.
 
     Args:
         path: of the PNG file.
         columns: by name, images [N, 1, 8, 8] in [0, 1] and their classes [N].
-        log_snr: noise levels of the training samples, in the order of training.
-        loss: their losses, without weights.
+        rows: of the training log, with the losses by noise level.
     """
     figure = Figure(figsize=(11.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2.1, 1])
     draw_images(left, columns)
-    draw_losses(right, log_snr, loss)
+    draw_losses(right, rows)
     figure.savefig(path, dpi=120)
 
 
@@ -50,14 +52,15 @@ def draw_images(axes: Axes, columns: Mapping[str, tuple[NDArray, NDArray]]) -> N
     axes.spines[:].set_visible(False)
 
 
-def draw_losses(axes: Axes, log_snr: NDArray, loss: NDArray) -> None:
-    """The mean loss in bins of log-SNR, early and late in training."""
-    edges = np.arange(-10, 11)
-    for name, phase in PHASES.items():
-        first, last = (int(share * len(loss)) for share in phase)
-        bins, part = np.digitize(log_snr[first:last], edges), loss[first:last]
-        kept = np.flatnonzero(np.bincount(bins, minlength=len(edges))[1:-1] >= 20) + 1
-        axes.plot(edges[kept] - 0.5, [part[bins == i].mean() for i in kept], marker=".", label=name)
+def draw_losses(axes: Axes, rows: Rows) -> None:
+    """The mean loss by log-SNR, early and late in training."""
+    for name, (first, last) in PHASES.items():
+        part = rows[int(first * len(rows)) : max(1, round(last * len(rows)))]
+        loss, count = (
+            np.sum([row["levels"][key] for row in part], axis=0)[1:-1] for key in ("loss", "count")
+        )
+        kept = count >= 20
+        axes.plot(LEVELS[kept], loss[kept] / count[kept], marker=".", label=name)
     axes.set(xlabel="log-SNR (noise ← → data)", ylabel="squared error of v", title="loss by noise level")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

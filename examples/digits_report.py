@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import digits_picture
 from digits_data import Digits
@@ -41,7 +42,11 @@ def missed(figures: Figures) -> list[str]:
 
 
 def report(
-    args: argparse.Namespace, digits: Digits, labels: Tensor, samples: Mapping[float, Tensor], seen: Tensor
+    args: argparse.Namespace,
+    digits: Digits,
+    labels: Tensor,
+    samples: Mapping[float, Tensor],
+    rows: Sequence[Mapping[str, Any]],
 ) -> None:
     """Print the table, write the picture, and leave with exit code 1 where a bound is missed."""
     judge = Judge(digits.images, digits.labels, digits.held_images, digits.held_labels)
@@ -54,7 +59,7 @@ def report(
         columns[NAMES.get(scale, f"scale {scale:g}")] = images.numpy(), labels.numpy()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "digits.png"
-    digits_picture.draw(path, columns, *seen.numpy())
+    digits_picture.draw(path, columns, rows)
     print(f"picture: {path}")
     if args.short:
         print("A short run: these figures are not the claim; run without --short for that.")

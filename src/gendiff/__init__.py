@@ -1,4 +1,4 @@
-"""Typed, tested parts for diffusion models: mathematics, sampling, guidance, objectives.
+"""Typed, tested parts for diffusion models: mathematics, sampling, guidance, objectives, training.
 
 `import gendiff` itself loads nothing; the first use of a name loads the module that holds it.
 """
@@ -7,12 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and for grep; at run time the table below says the same, lazily
+    from gendiff import data as data
     from gendiff import guidance as guidance
     from gendiff import math as math
     from gendiff import objectives as objectives
+    from gendiff import plot as plot
     from gendiff import random as random
     from gendiff import sampling as sampling
     from gendiff import testing as testing
+    from gendiff import training as training
     from gendiff.codec import Codec as Codec
     from gendiff.denoiser import Condition as Condition
     from gendiff.denoiser import Denoised as Denoised
@@ -25,6 +28,11 @@ if TYPE_CHECKING:  # for type checkers and for grep; at run time the table below
     from gendiff.random import Rng as Rng
     from gendiff.sampling import iterate as iterate
     from gendiff.sampling import sample as sample
+    from gendiff.training import EMA as EMA
+    from gendiff.training import ParamGroup as ParamGroup
+    from gendiff.training import TrainConfig as TrainConfig
+    from gendiff.training import Trainer as Trainer
+    from gendiff.training import WarmupCosine as WarmupCosine
 
     __version__: str
 
@@ -34,19 +42,27 @@ _HOME = {  # public name -> the module that holds it, or that it is
     "Denoised": "gendiff.denoiser",
     "Denoiser": "gendiff.denoiser",
     "Draw": "gendiff.objectives",
+    "EMA": "gendiff.training",
     "Guider": "gendiff.guidance",
     "LossTerms": "gendiff.objectives",
     "Objective": "gendiff.objectives",
+    "ParamGroup": "gendiff.training",
     "Rng": "gendiff.random",
+    "TrainConfig": "gendiff.training",
+    "Trainer": "gendiff.training",
+    "WarmupCosine": "gendiff.training",
     "cfg": "gendiff.guidance",
     "iterate": "gendiff.sampling",
     "sample": "gendiff.sampling",
+    "data": "gendiff.data",
     "guidance": "gendiff.guidance",
     "math": "gendiff.math",
     "objectives": "gendiff.objectives",
+    "plot": "gendiff.plot",
     "random": "gendiff.random",
     "sampling": "gendiff.sampling",
     "testing": "gendiff.testing",
+    "training": "gendiff.training",
 }
 
 __all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]  (the block above tells it)

@@ -1,0 +1,30 @@
+"""Training: the trainer, and the parts that it is made of, each of which works without it."""
+
+from gendiff.training.callbacks import Callback as Callback
+from gendiff.training.callbacks import EarlyStop as EarlyStop
+from gendiff.training.callbacks import Validation as Validation
+from gendiff.training.checkpoint import CheckpointError as CheckpointError
+from gendiff.training.config import TrainConfig as TrainConfig
+from gendiff.training.curves import Constant as Constant
+from gendiff.training.curves import Linear as Linear
+from gendiff.training.curves import OneCycle as OneCycle
+from gendiff.training.curves import Polynomial as Polynomial
+from gendiff.training.curves import WarmupCosine as WarmupCosine
+from gendiff.training.ema import EMA as EMA
+from gendiff.training.ema import Averages as Averages
+from gendiff.training.groups import ParamGroup as ParamGroup
+from gendiff.training.loss import LossModule as LossModule
+from gendiff.training.meters import Meters as Meters
+from gendiff.training.posthoc import reconstruct as reconstruct
+from gendiff.training.rates import FromTorch as FromTorch
+from gendiff.training.records import read_log as read_log
+from gendiff.training.samples import SampleGrid as SampleGrid
+from gendiff.training.saving import load_pretrained as load_pretrained
+from gendiff.training.saving import save_pretrained as save_pretrained
+from gendiff.training.step import Step as Step
+from gendiff.training.trainer import Trainer as Trainer
+from gendiff.training.twin import twin as twin
+from gendiff.training.update import LossScaler as LossScaler
+from gendiff.training.update import Update as Update
+from gendiff.training.windows import Window as Window
+from gendiff.training.windows import windows as windows
