@@ -54,7 +54,7 @@ docs: $(VENV)/.installed-docs
 
 test-gpu: export HF_HUB_OFFLINE = 1
 test-gpu: $(VENV)/.installed-dev
-	$(PY) -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
+	$(PY) -m pytest tests -m gpu $(PYTEST_ARGS)
 
 mutants: export HF_HUB_OFFLINE = 1
 mutants: $(VENV)/.installed-dev

@@ -87,6 +87,8 @@ def test_from_a_path_or_anew(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(folder).train(resume_from_checkpoint=path_of(whole, 4))
     assert same(read(path_of(folder, 7))["weights"], read(path_of(whole, 7))["weights"])
+    with pytest.raises(ValueError, match="checkpoints newer than checkpoint-00000005, which are of another"):
+        run(folder).train(resume_from_checkpoint=path_of(folder, 5))
     with pytest.raises(ValueError, match="run has checkpoints, of step 7 for one"):
         run(folder).train(resume_from_checkpoint=None)
     with pytest.raises(CheckpointError, match="checkpoint-00000009"):

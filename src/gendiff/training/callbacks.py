@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
+
+from gendiff.training.views import Weights
 
 if TYPE_CHECKING:
     from gendiff.training.trainer import Trainer
-
-Weights = Literal["ema", "live"]
 
 
 class Callback:
@@ -59,12 +59,7 @@ class Validation(Callback):
     """
 
     def __init__(
-        self,
-        dataset: Any = None,
-        *,
-        every: int,
-        weights: Weights | None = None,
-        name: str = "eval",
+        self, dataset: Any = None, *, every: int, weights: Weights | None = None, name: str = "eval"
     ) -> None:
         check_every(every)
         self.dataset, self.every, self.name = dataset, every, name

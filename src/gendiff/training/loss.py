@@ -52,8 +52,9 @@ def weighted(loss: Loss, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], S
     batch and counts once a sample.
 
     >>> batch = {"id": [0, 1], "weight": torch.tensor([1.0, 3.0])}
-    >>> weighted(torch.tensor([1.0, 2.0]), batch)[0]
-    tensor(7.)
+    >>> total, seen = weighted(torch.tensor([1.0, 2.0], requires_grad=True), batch)
+    >>> total.item()
+    7.0
     """
     own = batch["weight"]
     if isinstance(loss, LossTerms):

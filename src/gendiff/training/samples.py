@@ -14,7 +14,8 @@ from gendiff.guidance import Guider
 from gendiff.math.grids import Grid
 from gendiff.random import Rng
 from gendiff.sampling import DDIM, Solver, sample
-from gendiff.training.callbacks import Callback, Weights, check_every
+from gendiff.training.callbacks import Callback, check_every
+from gendiff.training.views import Weights
 
 if TYPE_CHECKING:
     from gendiff.training.trainer import Trainer

@@ -70,9 +70,14 @@ def resume(trainer: "Trainer", which: str | Path | None) -> None:
         trainer.records.open()
         return
     path, state = found
+    here = path.resolve().parent == root.resolve()
+    if here and which != "auto" and checkpoint.steps(root)[-1] > state["position"]["step"]:
+        raise ValueError(
+            f"{root.name} has checkpoints newer than {path.name}, which are of another future than a run "
+            f"from there; move them away, or give another output_dir."
+        )
     restore(trainer, state)
-    here = path.resolve().parent == root.resolve()  # the log of another folder stays with it
-    trainer.records.open(state["records"] if here else None)
+    trainer.records.open(state["records"] if here else None)  # the log of another folder stays with it
     trainer.progress.say(f"going on from {path.name}")
 
 

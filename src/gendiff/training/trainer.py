@@ -1,18 +1,17 @@
 """The trainer: one loop, on public parts that work without it."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gendiff._checks import unknown
 from gendiff.codec import Codec
 from gendiff.condition import Condition
 from gendiff.data.loader import Loader, Micro
@@ -20,9 +19,8 @@ from gendiff.denoiser import Denoiser
 from gendiff.objectives import LossTerms, Objective
 from gendiff.random import Rng
 from gendiff.training import state
-from gendiff.training.callbacks import Callback, Weights
+from gendiff.training.callbacks import Callback
 from gendiff.training.config import Precision, TrainConfig
-from gendiff.training.ema import Averages
 from gendiff.training.evaluation import evaluate
 from gendiff.training.loss import LossModule, moved, trimmed
 from gendiff.training.meters import Meters
@@ -31,7 +29,7 @@ from gendiff.training.position import Position
 from gendiff.training.posthoc import save_snapshot
 from gendiff.training.progress import progress_for
 from gendiff.training.records import LOG, TIMING, Records
-from gendiff.training.running import generators_kept, mode
+from gendiff.training.reporting import losses, timing
 from gendiff.training.saving import save_pretrained
 from gendiff.training.session import session
 from gendiff.training.setup import (
@@ -49,27 +47,10 @@ from gendiff.training.setup import (
 from gendiff.training.step import Step, reseed
 from gendiff.training.summary import summary
 from gendiff.training.trackers import Trackers
-from gendiff.training.twin import twin
+from gendiff.training.views import Models, Twin, Weights, chosen, using
 from gendiff.training.windows import Window, windows
 
 PATIENCE = 100  # windows in a row without a finite gradient, after which a run is no longer one
-Models = Any  # what the user gave: a module, or modules by name
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Twin:
-    """The averaged weights in callable modules, which share everything frozen with the live ones.
-
-    Attributes:
-        model: like the trainer's model: one module, or modules by name.
-        codec: like the trainer's codec.
-        averages: the averages themselves.
-    """
-
-    model: Models
-    codec: Codec | None
-    averages: Averages
 
 
 class Trainer:
@@ -277,23 +258,10 @@ class Trainer:
             callback.on_log(self, row)
 
     def _log(self) -> None:
-        before, passed = self.position.logged, self.position.samples - self.position.logged[1]
-        reduce = self.summed if self.accelerator.num_processes > 1 else None
-        read = self.meters.read(passed, self.position.step - before[0], reduce)
+        row, times = losses(self), timing(self, self._seconds)
         self.position = replace(self.position, logged=(self.position.step, self.position.samples))
-        row = {
-            "epoch": self._epoch(),
-            "samples": self.position.samples,
-            "skipped": self.position.skipped,
-            "learning_rate": self.update.rates_of(max(0, self.position.step - 1)),
-            **({} if self.update.scaler is None else {"loss_scale": float(self.update.scaler.scale)}),
-            **read,
-        }
-        timing = {"seconds": self._seconds, "images_per_second": passed / max(self._seconds, 1e-9)}
-        if self.device.type == "cuda":
-            timing["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.records.write(TIMING, {"step": self.position.step, **timing})
-        self.log(row, timing)
+        self.records.write(TIMING, {"step": self.position.step, **times})
+        self.log(row, times)
         self._seconds = 0.0
 
     def save(self) -> Path:
@@ -322,23 +290,18 @@ class Trainer:
             dtype: of the saved weights; None keeps theirs.
             card: further facts for the model card.
         """
-        which = self.weights(weights)
+        which = chosen(weights, self.update.averages)
         averaged = self.ema.averages.weights() if which == "ema" else None
-        facts = {
-            "steps": self.step,
-            "seed": self.config.seed,
-            "weights": which,
-            "settings": self.config.table(),
-        }
+        settings = self.config.table()
+        facts = {"steps": self.step, "seed": self.config.seed, "weights": which, "settings": settings}
         with evaluated(self.update.optimizer, self.parameters) if averaged is None else nullcontext():
-            return save_pretrained(
-                self.components,
-                path,
-                weights=averaged,
-                pipeline=pipeline,
-                card=facts | dict(card or {}),
-                dtype=dtype,
-            )
+            if self.accelerator.is_main_process:
+                facts |= card or {}
+                save_pretrained(
+                    self.components, path, weights=averaged, pipeline=pipeline, card=facts, dtype=dtype
+                )
+        self.accelerator.wait_for_everyone()
+        return Path(path)
 
     # ---- looking
 
@@ -350,44 +313,19 @@ class Trainer:
     @property
     def ema(self) -> Twin:
         """The averaged weights: `ema.model` is called like the model."""
-        averages = self.update.averages
-        if averages is None:
+        if self.update.averages is None:
             raise ValueError("there are no averages; ask for them with TrainConfig(ema=EMA(0.999)).")
         if self._twin is None:
-            made: Any = twin(self.components, averages.weights())
-            model = made["model"] if isinstance(self.model, nn.Module) else {n: made[n] for n in self.model}
-            self._twin = Twin(model, made.get("codec"), averages)
+            self._twin = Twin.of(self.model, self.components, self.update.averages)
         return self._twin
 
-    def weights(self, name: Weights | None) -> Weights:
-        """Which weights a name means; None is the average where there is one."""
-        if name is None:
-            return "live" if self.update.averages is None else "ema"
-        if name not in ("ema", "live"):
-            raise ValueError(unknown("weights", name, ("ema", "live")))
-        return name
-
-    @contextmanager
-    def using(self, weights: Weights | None = None) -> Iterator[Models]:
+    def using(self, weights: Weights | None = None) -> AbstractContextManager[Models]:
         """The model with these weights, to be called without disturbing the run.
 
         Inside, `trainer.codec` belongs to it, modules are in evaluation mode, there are no gradients, and
         torch's generators come back as they were.
         """
-        which, codec = self.weights(weights), self.codec
-        with ExitStack() as stack:
-            stack.enter_context(generators_kept(self.device))
-            stack.enter_context(torch.no_grad())
-            if which == "live":
-                stack.enter_context(evaluated(self.update.optimizer, self.parameters))
-                stack.enter_context(mode(self.components, training=False))
-            stack.enter_context(self.autocast())
-            if which == "ema":
-                self.codec = self.ema.codec
-            try:
-                yield self.ema.model if which == "ema" else self.model
-            finally:
-                self.codec = codec
+        return using(self, weights)
 
     def evaluate(self, dataset: Any = None, *, weights: Weights | None = None) -> dict[str, Any]:
         """The mean loss over a dataset, its metrics, and the loss by noise level.
@@ -434,9 +372,3 @@ class Trainer:
     def summed(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the processes."""
         return self.accelerator.reduce(value.clone(), "sum")  # pyright: ignore[reportReturnType]
-
-    def _epoch(self) -> float:
-        try:
-            return round(self.position.epoch + self.position.micro / len(self.loader), 6)
-        except TypeError:  # a stream of samples has no length
-            return float(self.position.epoch)
