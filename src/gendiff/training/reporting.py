@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gendiff.training.setup import samples_of
+
 if TYPE_CHECKING:
     from gendiff.training.trainer import Trainer
 
@@ -33,7 +35,7 @@ def timing(trainer: "Trainer", seconds: float) -> dict[str, float]:
 
 
 def _epoch(trainer: "Trainer") -> float:
-    try:
-        return round(trainer.position.epoch + trainer.position.micro / len(trainer.loader), 6)
-    except TypeError:  # a stream of samples has no length
-        return float(trainer.position.epoch)
+    position = trainer.position
+    if samples_of(trainer.loader) is None:
+        return float(position.epoch)
+    return round(position.epoch + position.micro / len(trainer.loader), 6)

@@ -112,6 +112,14 @@ def loader_of(dataset: Any, config: TrainConfig, accelerator: Accelerator, shuff
     )
 
 
+def samples_of(loader: Loader) -> int | None:
+    """The samples of an epoch; None for a stream, which has no length."""
+    try:
+        return loader.samples
+    except TypeError:
+        return None
+
+
 def total_of(loader: Loader, config: TrainConfig, accumulation: int) -> int:
     """The number of updates of the run."""
     if config.max_steps is not None:

@@ -12,6 +12,7 @@ from gendiff._checks import unknown
 from gendiff.training import checkpoint
 from gendiff.training.names import canonical
 from gendiff.training.position import Position
+from gendiff.training.setup import samples_of
 
 if TYPE_CHECKING:
     from gendiff.training.trainer import Trainer
@@ -114,7 +115,7 @@ def agreements(trainer: "Trainer") -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "windows": config.windows,
         "mixed_precision": trainer.precision,
-        "samples in an epoch": trainer.loader.samples,
+        "samples in an epoch": samples_of(trainer.loader),
         "ema": repr(config.ema),
     }
 

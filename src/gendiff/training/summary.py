@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from gendiff.training.names import unwrapped
+from gendiff.training.setup import samples_of
 
 if TYPE_CHECKING:
     from gendiff.training.trainer import Trainer
@@ -28,7 +29,7 @@ def summary(trainer: "Trainer") -> str:
             f"{batch:,} samples = {config.per_device_batch_size} × {trainer.accumulation} accumulated × "
             f"{processes} processes, windows {config.windows!r}",
         ),
-        *_row("data", _data(loader.samples, trainer.total * batch)),
+        *_row("data", _data(samples_of(loader), trainer.total * batch)),
         *_row("precision", f"{trainer.precision} on {trainer.device}, fp32 trained weights"),
         *_row(
             "clipping", "none" if config.max_grad_norm is None else f"global norm {config.max_grad_norm:g}"
