@@ -24,7 +24,11 @@ html_title = f"gendiff {release}"
 
 # The reference pages are made from the docstrings of every public module.
 autosummary_generate = True
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "exclude-members": "set",  # matplotlib gives every figure class one, in markup of its own
+}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_google_docstring = True

@@ -1,12 +1,12 @@
 """What a dataset is told while one of its samples is loaded: the sample's own randomness."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from gendiff.random import Rng
 
-_current: ContextVar[Rng | None] = ContextVar("sample_rng", default=None)
+_current: ContextVar[Callable[[], Rng]] = ContextVar("sample_rng", default=lambda: Rng(0))
 
 
 class BrokenSample(Exception):
@@ -35,14 +35,13 @@ def sample_rng() -> Rng:
     >>> sample_rng().uniform("crop", (2,)).shape
     torch.Size([2])
     """
-    rng = _current.get()
-    return (Rng(0) if rng is None else rng).fold("data")
+    return _current.get()().fold("data")
 
 
 @contextmanager
-def sampled_with(rng: Rng) -> Iterator[None]:
-    """While it is open, `sample_rng` gives children of this Rng."""
-    token = _current.set(rng)
+def sampled_with(make: Callable[[], Rng]) -> Iterator[None]:
+    """While it is open, `sample_rng` gives children of what this function makes."""
+    token = _current.set(make)
     try:
         yield
     finally:

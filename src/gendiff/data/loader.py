@@ -236,7 +236,7 @@ class _Fetch:
 
     def _sample(self, index: int, id: Id, key: Int64[Tensor, ""]) -> Sample:
         try:
-            with seeded(Rng.from_keys(key)):
+            with seeded(key):
                 given = self.dataset[index]
         except BrokenSample:
             raise
@@ -256,11 +256,11 @@ class _Numbered(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        with generators_kept(), seeded(self._rng(-1)):
+        with generators_kept(), seeded(self._key(-1)):
             samples = iter(self.dataset)
         for number in count(first, step):  # the place in the stream, if all workers go on to the end
             try:
-                with generators_kept(), seeded(self._rng(number)):
+                with generators_kept(), seeded(self._key(number)):
                     sample = next(samples)
             except StopIteration:
                 return
@@ -271,8 +271,8 @@ class _Numbered(IterableDataset[Any]):
                 ) from error
             yield sample
 
-    def _rng(self, number: int) -> Rng:
-        return Rng.from_keys(sample_keys(self.seed, [number], epoch=self.epoch)[0])
+    def _key(self, number: int) -> Int64[Tensor, ""]:
+        return sample_keys(self.seed, [number], epoch=self.epoch)[0]
 
 
 def _plans(order: Order, epoch: int, start: int, end: int) -> Iterator[Plan]:

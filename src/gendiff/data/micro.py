@@ -4,6 +4,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
+from hashlib import blake2b
 from itertools import cycle, islice
 from typing import Any, final
 
@@ -69,7 +71,7 @@ def micro_of(
     padded = list(islice(cycle(read), size))
     ids, counts = [sample["id"] for sample, _ in padded], [occurrence for _, occurrence in padded]
     keys = sample_keys(seed, ids, epoch=plan.epoch, occurrence=counts)
-    with seeded(Rng.from_keys(keys[0]).fold("collate")):
+    with seeded(keys[0], "collate"):
         given = collate([dict(sample) for sample, _ in padded])
     if not isinstance(given, Mapping):
         raise TypeError(f"the collation gave {type(given).__name__}; it has to give a mapping, the batch.")
@@ -110,13 +112,16 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextmanager
-def seeded(rng: Rng) -> Iterator[None]:
-    """Inside, `sample_rng` has this source, and the global CPU generators start from seeds that it gives."""
-    a, b, c, d = rng.fold("generators").bits("seed", (4,)).tolist()
-    torch.default_generator.manual_seed(a | b << 32)  # torch.manual_seed would also seed the devices
-    np.random.seed([a, b, c, d])
-    random.seed(a | b << 32 | c << 64 | d << 96)
-    with sampled_with(rng):
+def seeded(key: Int64[Tensor, ""], *path: str) -> Iterator[None]:
+    """Inside, `sample_rng` is of this key and path, and the global CPU generators start from a hash of them.
+
+    It costs every sample: the seeds are hashed, not drawn, and the Rng is made when it is asked for.
+    """
+    seed = blake2b(" ".join([str(key.item()), *path]).encode(), digest_size=16).digest()
+    torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little"))  # not that of the devices
+    np.random.seed(np.frombuffer(seed, dtype=np.uint32))
+    random.seed(int.from_bytes(seed, "little"))
+    with sampled_with(lambda: reduce(Rng.fold, path, Rng.from_keys(key))):
         yield
 
 

@@ -17,7 +17,7 @@ from gendiff.training.progress import Progress, in_notebook
 from gendiff.training.wording import further, learning_rate, number, rate
 
 REDRAW = 1.0  # seconds between two drawings while nothing is logged
-WIDEST = 800  # pixels of a picture
+NARROW, WIDEST = 480, 800  # pixels that a picture is shown with
 MESSAGES = 8  # as many of the last ones are shown
 COLUMNS = 7  # of the table
 FONT = "13px/1.6 system-ui, sans-serif"
@@ -172,11 +172,13 @@ def _table(cells: Mapping[str, str]) -> str:
 
 
 def _embedded(path: Path) -> str:
-    """A PNG file in base64, made narrower if it is wide."""
+    """A PNG file in base64, made narrower if it is wide, and larger by a whole factor if it is small."""
     with Image.open(path, formats=["PNG"]) as image:
         if image.width > WIDEST:
             height = max(1, round(image.height * WIDEST / image.width))
             image = image.convert("RGB").resize((WIDEST, height), Image.Resampling.LANCZOS)
+        elif (factor := min(8, NARROW // max(1, image.width))) > 1:
+            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         held = io.BytesIO()
         image.save(held, "PNG", optimize=True)
     return base64.b64encode(held.getvalue()).decode("ascii")
