@@ -46,7 +46,7 @@ def train(
                 optimizer.step()
                 rate.step()
                 optimizer.zero_grad()
-                seen = {"loss": terms.loss, "weight": torch.ones_like(terms.loss), "log_snr": terms.log_snr}
+                seen = {"loss": terms.loss, "weight": terms.weight, "log_snr": terms.log_snr}
                 meters.add(seen, rows=len(x0))
                 bar.update(len(x0))
             rows.append({"step": (epoch + 1) * len(loader), **meters.read(len(digits), updates=0)})

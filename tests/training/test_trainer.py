@@ -345,6 +345,36 @@ def test_a_trainer_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
+def test_a_trainer_that_was_interrupted_within_a_window_goes_on(tmp_path: Path) -> None:
+    class Interrupted(Trainer):
+        calls = 0
+
+        def compute_loss(self, model: Any, batch: Mapping[str, Any], rng: Any) -> Any:
+            self.calls += 1
+            if self.calls in (
+                12,
+                14,
+            ):  # in the sixth window of two, after a log line, and when it is run again
+                raise KeyboardInterrupt
+            return super().compute_loss(model, batch, rng)
+
+    options: dict[str, Any] = {"dropout": 0.2, "gradient_accumulation_steps": 2, "logging_steps": 4}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    cut = trainer(tmp_path / "cut", kind=Interrupted, **options)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            cut.train()
+    cut.train()
+    assert cut.step == 8
+    for a, b in zip(whole.parameters.values(), cut.parameters.values(), strict=True):
+        assert torch.equal(a, b)
+    ours, theirs = rows(tmp_path / "cut"), rows(tmp_path / "whole")
+    assert ours[0] == theirs[0]
+    assert (ours[1]["step"], ours[1]["samples"]) == (theirs[1]["step"], theirs[1]["samples"])
+    assert sum(ours[1]["levels"]["count"]) == 18  # of the three windows since the interruption
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

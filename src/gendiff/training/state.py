@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run, and how a run goes on from one."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +52,8 @@ def resume(trainer: "Trainer", which: str | Path | None) -> None:
         which: "auto", a path, or None.
     """
     root = trainer.output_dir
-    if trainer.position != Position() and which == "auto":
-        trainer.records.open(trainer.records.left)
+    if (trainer.position != Position() or trainer.partial) and which == "auto":
+        _go_on(trainer)
         return
     if which is None and checkpoint.steps(root):
         raise ValueError(
@@ -80,6 +80,16 @@ def resume(trainer: "Trainer", which: str | Path | None) -> None:
     restore(trainer, state)
     trainer.records.open(state["records"] if here else None)  # the log of another folder stays with it
     trainer.progress.say(f"going on from {path.name}")
+
+
+def _go_on(trainer: "Trainer") -> None:
+    """From where this very trainer was interrupted, at the end of a window."""
+    trainer.position = trainer.position.read(int(trainer.update.applied))
+    if trainer.partial:  # the meters have seen a part of a window that is run again: the next row begins here
+        trainer.meters.clear()
+        at = trainer.position.step, trainer.position.samples
+        trainer.position, trainer.partial = replace(trainer.position, logged=at), False
+    trainer.records.open(trainer.records.left)
 
 
 def restore(trainer: "Trainer", state: Mapping[str, Any]) -> None:

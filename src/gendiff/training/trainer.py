@@ -108,7 +108,8 @@ class Trainer:
         self.position, self.logged = Position(), dict[str, None]()
         self.losses = LossModule(self.components, self._compute_loss, self.autocast)
         self.stopped: str | None = None
-        self.torn, self._barren = False, 0
+        self.torn, self.partial = False, False  # whether it was interrupted in an update, in a window
+        self._barren = 0
         self._seconds, self.saved_at = 0.0, -1
         self._twin: Twin | None = None
         main = self.accelerator.is_main_process
@@ -183,7 +184,7 @@ class Trainer:
         self.stopped = reason
 
     def _run(self, step: Step, window: Window) -> None:
-        last = len(window.micros) - 1
+        last, self.partial = len(window.micros) - 1, True
         for number, micro in enumerate(window.micros):
             batch = moved(trimmed(micro.batch, max(1, micro.rows)), self.device)
             keys = micro.keys[: max(1, micro.rows)].to(self.device, non_blocking=True)
@@ -193,7 +194,7 @@ class Trainer:
                 step.micro(batch, keys, window.samples, micro.rows)
         self.torn = True
         step.close()
-        self.position, self.torn = self.position.after(window), False
+        self.position, self.torn, self.partial = self.position.after(window), False, False
         self.progress.advance()
 
     def _look(self) -> None:
