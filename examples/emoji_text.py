@@ -14,9 +14,7 @@ from gendiff.random import Randomness
 
 @final
 class TextCodec(Codec):
-    """Images as x0 in [-1, 1], and captions as `text` [B, T, 384] with `text_mask` [B, T].
-
-    The null is the empty caption: what training gives where it drops a caption.
+    """Images as x0 in [-1, 1], captions as `text` [B, T, 384] with `text_mask` [B, T]; the null is "".
 
     Args:
         table: embeddings [T, 384] by caption, "" included; others are encoded when they are asked for.
@@ -61,16 +59,15 @@ class TextCodec(Codec):
             self.place[caption], (text, mask) = len(self.place), self.padded(tokens)
             self.texts = torch.cat([self.texts, text[None].to(self.texts)])
             self.masks = torch.cat([self.masks, mask[None].to(self.masks)])
-        device = self.texts.device
-        rows = torch.tensor([self.place[name] for name in names], pin_memory=device.type == "cuda")
-        rows = rows.to(device, non_blocking=True)  # training does not wait for the device
+        places = torch.tensor([self.place[name] for name in names], pin_memory=self.texts.is_cuda)
+        rows = places.to(self.texts.device, non_blocking=True)  # training does not wait for the device
         return Condition(text=self.texts[rows], text_mask=self.masks[rows])
 
     def null(self, cond: Mapping[str, Tensor], group: str = "text") -> Condition:
         if group != "text":
             raise ValueError(f"the group of a null is 'text', got {group!r}.")
-        text, mask = self.texts[self.place[""]], self.masks[self.place[""]]
-        return Condition(text=text.expand_as(cond["text"]), text_mask=mask.expand_as(cond["text_mask"]))
+        null = {"text": self.texts[self.place[""]], "text_mask": self.masks[self.place[""]]}
+        return Condition({name: value.expand_as(cond[name]) for name, value in null.items()})
 
     def latents(self, images: Tensor) -> Tensor:
         return 2 * images - 1
