@@ -47,7 +47,7 @@ if __name__ == "__main__":
     )
     trainer = InkMatters(
         Denoiser(UNet(classes=10), CosineBeta(), "v"),
-        Digits.load(),
+        Digits.load().train,
         codec=PixelCodec(channels=1, classes=10, drop=0.1),
         config=config,
         accelerator=Accelerator(cpu=True),

@@ -57,7 +57,7 @@ if __name__ == "__main__":
     )
     accelerator = Accelerator(cpu=True)
     trainer = Trainer(
-        denoiser, digits, codec=codec, objective=OBJECTIVE, config=config, accelerator=accelerator
+        denoiser, digits.train, codec=codec, objective=OBJECTIVE, config=config, accelerator=accelerator
     )
     print(trainer)
     trainer.train()

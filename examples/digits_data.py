@@ -1,23 +1,21 @@
 """The handwritten digits that ship inside scikit-learn: 1,797 real images of 8×8 pixels."""
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from gendiff.data import Tensors
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Digits(Dataset[dict[str, Any]]):
-    """Images [N, 1, 8, 8] in [0, 1] and their labels [N]: four fifths to train on, one held out.
-
-    As a dataset it has the training images only.
-    """
+class Digits:
+    """Images [N, 1, 8, 8] in [0, 1] and their labels [N]: four fifths to train on, one held out."""
 
     images: Tensor
     labels: Tensor
@@ -34,9 +32,7 @@ class Digits(Dataset[dict[str, Any]]):
         )
         return cls(images[train], labels[train], images[held], labels[held])
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """A training image as `PixelCodec` reads it, and the number that its randomness is keyed by."""
-        return {"id": i, "image": self.images[i], "label": self.labels[i]}
+    @property
+    def train(self) -> Tensors:
+        """What is trained on, as a dataset."""
+        return Tensors({"image": self.images, "label": self.labels})

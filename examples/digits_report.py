@@ -52,7 +52,7 @@ def report(
     judge = Judge(digits.images, digits.labels, digits.held_images, digits.held_labels)
     figures = {scale: judge(images, labels) for scale, images in samples.items()}
     print("\n" + table({"real, held out": judge.real} | {f"scale {s:g}": f for s, f in figures.items()}))
-    counts = len(labels), len(digits), len(digits.held_labels)
+    counts = len(labels), len(digits.labels), len(digits.held_labels)
     print("{} samples a scale; trained on {} images; {} held out".format(*counts))
     columns = {"real": (digits.held_images.numpy(), digits.held_labels.numpy())}
     for scale, images in samples.items():

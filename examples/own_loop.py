@@ -29,12 +29,12 @@ def train(
 ) -> list[dict[str, Any]]:
     """A plain loop; returns the losses of every epoch by noise level."""
     order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(digits, 128, shuffle=True, generator=order)
+    loader = DataLoader(digits.train, 128, shuffle=True, generator=order)
     optimizer = torch.optim.AdamW(denoiser.parameters(), fused=True)
     rate = OneCycleLR(optimizer, 2e-3, epochs * len(loader), pct_start=0.05, cycle_momentum=False)
     accelerator, meters, rows = Accelerator(cpu=True), Meters("cpu"), []
     model, optimizer, loader, rate = accelerator.prepare(denoiser, optimizer, loader, rate)
-    with tqdm(desc="training", total=epochs * len(digits), unit=" images") as bar:
+    with tqdm(desc="training", total=epochs * len(digits.train), unit=" images") as bar:
         for epoch in range(epochs):
             for batch in loader:
                 rng = Rng(seed, ids=batch["id"], epoch=epoch)  # every image has its own randomness
@@ -49,7 +49,7 @@ def train(
                 seen = {"loss": terms.loss, "weight": terms.weight, "log_snr": terms.log_snr}
                 meters.add(seen, rows=len(x0))
                 bar.update(len(x0))
-            rows.append({"step": (epoch + 1) * len(loader), **meters.read(len(digits), updates=0)})
+            rows.append({"step": (epoch + 1) * len(loader), **meters.read(len(digits.train), updates=0)})
             bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}", lr=f"{rate.get_last_lr()[0]:.1e}")
     return rows
 

@@ -111,7 +111,7 @@ def test_the_judge_on_real_digits(part: Callable) -> None:
     held = judge(digits.held_images, digits.held_labels)
     assert (held.share, held.accuracy) == (0, judge.real.accuracy)
     assert held.distance == pytest.approx(0, abs=1e-10)
-    shuffled = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
+    shuffled = torch.randperm(len(digits.labels), generator=torch.Generator().manual_seed(0))
     assert judge(digits.images, digits.labels[shuffled]).accuracy == pytest.approx(0.1, abs=0.04)
     noise = torch.randn(digits.images.shape, generator=torch.Generator().manual_seed(0))
     assert judge((digits.images + 0.3 * noise).clamp(0, 1), digits.labels).ratio > 2  # beyond the bound
@@ -135,14 +135,14 @@ def test_every_bound_is_reported_by_itself(part: Callable) -> None:
 def test_the_digits_are_split_once_and_for_all(part: Callable) -> None:
     digits, again = (part("digits_data").Digits.load() for _ in range(2))
     assert torch.equal(digits.images, again.images)
-    assert (len(digits), len(digits.held_labels)) == (1436, 359)
+    assert (len(digits.train), len(digits.held_labels)) == (1436, 359)
     assert digits.images.min() == 0
     assert digits.images.max() == 1
     shares = [labels.bincount() / len(labels) for labels in (digits.labels, digits.held_labels)]
     torch.testing.assert_close(*shares, atol=0.005, rtol=0)
     together = torch.cat([digits.images, digits.held_images]).flatten(1)
     assert len(together.unique(dim=0)) == 1795  # no image is in both
-    batch = torch.utils.data.default_collate([digits[3], digits[5]])
+    batch = torch.utils.data.default_collate([digits.train[3], digits.train[5]])
     assert batch["id"].tolist() == [3, 5]
     assert torch.equal(batch["image"], digits.images[[3, 5]])
 

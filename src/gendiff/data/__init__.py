@@ -16,3 +16,4 @@ from gendiff.data.loader import Loader as Loader
 from gendiff.data.micro import Micro as Micro
 from gendiff.data.order import Order as Order
 from gendiff.data.order import permutation as permutation
+from gendiff.data.tensors import Tensors as Tensors

@@ -44,7 +44,10 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     batch = _mappings(bare, names, "")
     if "id" in batch:
         batch["id"] = _ids(batch["id"])
-    weights = [_weight(sample.get("weight", 1.0), name) for sample, name in zip(samples, names, strict=True)]
+    weights = [
+        _weight(sample["weight"], name) if "weight" in sample else 1.0
+        for sample, name in zip(samples, names, strict=True)
+    ]
     return {**batch, "weight": torch.tensor(weights, dtype=torch.float32)}
 
 
@@ -65,15 +68,14 @@ def _mappings(values: Sequence[Mapping[str, Any]], names: Sequence[object], path
 
 
 def _values(values: Sequence[Any], names: Sequence[object], key: str) -> Any:
-    kinds = [_kind(value, name, key) for value, name in zip(values, names, strict=True)]
-    for kind, name in zip(kinds, names, strict=True):
-        if kind != kinds[0]:
+    first, kind, form = values[0], _kind(values[0], names[0], key), _form(values[0])
+    for value, name in zip(values, names, strict=True):
+        if _form(value) != form and (other := _kind(value, name, key)) != kind:
             raise ValueError(
-                f"{key!r} is {kinds[0]} in sample {names[0]!r} but {kind} in sample {name!r} of the "
+                f"{key!r} is {kind} in sample {names[0]!r} but {other} in sample {name!r} of the "
                 f"same batch; give all of them one type and shape: resize or crop images to one size, or "
                 f"group them by size with gendiff.data.Buckets."
             )
-    first = values[0]
     if isinstance(first, Mapping):
         return _mappings(values, names, f"{key}.")
     if isinstance(first, str):
@@ -82,8 +84,15 @@ def _values(values: Sequence[Any], names: Sequence[object], key: str) -> Any:
         return torch.stack([_tensor(value) for value in values])
     return torch.tensor(
         [value.item() if isinstance(value, np.generic) else value for value in values],
-        dtype=_NUMBERS[kinds[0]][1],
+        dtype=_NUMBERS[kind][1],
     )
+
+
+def _form(value: object) -> tuple[object, ...]:
+    """Two values of one form are of one kind, which costs more to tell."""
+    if isinstance(value, Tensor | np.ndarray):
+        return type(value), value.dtype, value.shape
+    return (type(value),)
 
 
 def _kind(value: object, name: object, key: str) -> str:

@@ -1,8 +1,8 @@
 """What a dataset is told while one of its samples is loaded: the sample's own randomness."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
+from typing import final
 
 from gendiff.random import Rng
 
@@ -38,11 +38,17 @@ def sample_rng() -> Rng:
     return _current.get()().fold("data")
 
 
-@contextmanager
-def sampled_with(make: Callable[[], Rng]) -> Iterator[None]:
+@final
+class sampled_with:  # a class costs a sample half of what a generator would
     """While it is open, `sample_rng` gives children of what this function makes."""
-    token = _current.set(make)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+
+    __slots__ = ("make", "token")
+
+    def __init__(self, make: Callable[[], Rng]) -> None:
+        self.make = make
+
+    def __enter__(self) -> None:
+        self.token = _current.set(self.make)
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self.token)

@@ -7,15 +7,24 @@ from itertools import count, cycle, islice
 from typing import Any, SupportsIndex, final
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gendiff._philox import ranged, sample_keys
 from gendiff.data.collate import collate as collate_samples
 from gendiff.data.context import BrokenSample
-from gendiff.data.micro import Collate, Id, Micro, Sample, generators_kept, micro_of, named, seeded
+from gendiff.data.micro import (
+    Collate,
+    Id,
+    Micro,
+    Sample,
+    generators_kept,
+    micro_at_once,
+    micro_of,
+    named,
+    seeded,
+)
 from gendiff.data.order import Order, Plan, block
+from gendiff.data.tensors import Tensors
 from gendiff.random import Rng
 
 
@@ -28,7 +37,8 @@ class Loader:
     same key, for transforms that draw from those; afterwards they are as they were. Generators that a dataset
     makes for itself are its own affair.
 
-    A dataset with indices is loaded in the sequence of an `Order`, whole micro-batches in one worker. Its
+    A dataset with indices is loaded in the sequence of an `Order`, whole micro-batches in one worker, those
+    of `Tensors` by one indexing. Its
     samples are known by their own `id`, else by `dataset.ids[i]`, else by i. A sample for which it raises
     `BrokenSample` is replaced by a copy of one that can be read, with weight 0, and is reported.
 
@@ -212,13 +222,15 @@ class _Fetch:
 
     def __getitem__(self, task: dict[str, Any]) -> dict[str, Any]:
         plan = Plan(**task)
+        if isinstance(self.dataset, Tensors) and self.collate is collate_samples:
+            return vars(micro_at_once(self.dataset.batch(plan.indices), plan, self.seed))
         # Padding repeats entries, and a repeated one would be the same to the last bit.
         entries = list(dict.fromkeys(zip(plan.indices, plan.occurrences, strict=True)))
         ids = [index if self.ids is None else self.ids[index] for index, _ in entries]
         keys = sample_keys(self.seed, ids, epoch=plan.epoch, occurrence=[count for _, count in entries])
         read, broken = list[tuple[Sample, int]](), list[tuple[Id, str]]()
         with generators_kept():
-            for (index, occurrence), id, key in zip(entries, ids, keys, strict=True):
+            for (index, occurrence), id, key in zip(entries, ids, keys.tolist(), strict=True):
                 try:
                     read.append((self._sample(index, id, key), occurrence))
                 except BrokenSample as error:
@@ -234,7 +246,7 @@ class _Fetch:
                 )
             return vars(micro_of(read, plan, self.seed, self.collate, broken if plan.rows else ()))
 
-    def _sample(self, index: int, id: Id, key: Int64[Tensor, ""]) -> Sample:
+    def _sample(self, index: int, id: Id, key: int) -> Sample:
         try:
             with seeded(key):
                 given = self.dataset[index]
@@ -271,8 +283,8 @@ class _Numbered(IterableDataset[Any]):
                 ) from error
             yield sample
 
-    def _key(self, number: int) -> Int64[Tensor, ""]:
-        return sample_keys(self.seed, [number], epoch=self.epoch)[0]
+    def _key(self, number: int) -> int:
+        return int(sample_keys(self.seed, [number], epoch=self.epoch))
 
 
 def _plans(order: Order, epoch: int, start: int, end: int) -> Iterator[Plan]:

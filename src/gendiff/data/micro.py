@@ -67,11 +67,11 @@ def micro_of(
 
     It leaves the global generators with other states, since a collation may draw as samples do.
     """
-    size, rows = len(plan.indices), len(read) if plan.rows else 0
-    padded = list(islice(cycle(read), size))
-    ids, counts = [sample["id"] for sample, _ in padded], [occurrence for _, occurrence in padded]
-    keys = sample_keys(seed, ids, epoch=plan.epoch, occurrence=counts)
-    with seeded(keys[0], "collate"):
+    rows = len(read) if plan.rows else 0
+    padded = list(islice(cycle(read), len(plan.indices)))
+    counts = [occurrence for _, occurrence in padded]
+    keys = sample_keys(seed, [sample["id"] for sample, _ in padded], epoch=plan.epoch, occurrence=counts)
+    with seeded(int(keys[0]), "collate"):
         given = collate([dict(sample) for sample, _ in padded])
     if not isinstance(given, Mapping):
         raise TypeError(f"the collation gave {type(given).__name__}; it has to give a mapping, the batch.")
@@ -79,12 +79,28 @@ def micro_of(
     if not batch.keys() >= {"id", "weight"}:  # a collation of the user's may leave out what is reserved
         reserved = [{key: sample[key] for key in ("id", "weight") if key in sample} for sample, _ in padded]
         batch = {**collate_samples(reserved), **batch}
+    return _micro(batch, keys, rows, plan, broken)
+
+
+def micro_at_once(batch: dict[str, Any], plan: Plan, seed: int) -> Micro:
+    """The micro-batch of a batch that has an entry for each of the plan's."""
+    keys = sample_keys(seed, batch["id"], epoch=plan.epoch, occurrence=plan.occurrences)
+    return _micro(batch, keys, plan.rows, plan)
+
+
+def _micro(
+    batch: dict[str, Any],
+    keys: Int64[Tensor, "B"],
+    rows: int,
+    plan: Plan,
+    broken: Sequence[tuple[Id, str]] = (),
+) -> Micro:
     weight = torch.as_tensor(batch["weight"], dtype=torch.float32)
-    if weight.shape != (size,):
+    if weight.shape != keys.shape:
         raise ValueError(
-            f"the collation gave `weight` the shape {list(weight.shape)}; it has to be [{size}]."
+            f"the collation gave `weight` the shape {list(weight.shape)}; it has to be [{len(keys)}]."
         )
-    batch["weight"] = weight.where(torch.arange(size) < rows, 0.0)
+    batch["weight"] = weight.where(torch.arange(len(keys)) < rows, 0.0)
     total = plan.total - len(broken)
     return Micro(batch, keys, rows, total, plan.epoch, plan.index, plan.last, tuple(broken))
 
@@ -111,18 +127,16 @@ def generators_kept() -> Iterator[None]:
         random.setstate(states[2])
 
 
-@contextmanager
-def seeded(key: Int64[Tensor, ""], *path: str) -> Iterator[None]:
-    """Inside, `sample_rng` is of this key and path, and the global CPU generators start from a hash of them.
+def seeded(key: int, *path: str) -> sampled_with:
+    """Seed the global CPU generators from a hash of a key and a path; inside, `sample_rng` is of the same.
 
     It costs every sample: the seeds are hashed, not drawn, and the Rng is made when it is asked for.
     """
-    seed = blake2b(" ".join([str(key.item()), *path]).encode(), digest_size=16).digest()
+    seed = blake2b(" ".join([str(key), *path]).encode(), digest_size=16).digest()
     torch.default_generator.manual_seed(int.from_bytes(seed[:8], "little"))  # not that of the devices
-    np.random.seed(np.frombuffer(seed, dtype=np.uint32))
+    np.random.seed(int.from_bytes(seed[8:12], "little"))
     random.seed(int.from_bytes(seed, "little"))
-    with sampled_with(lambda: reduce(Rng.fold, path, Rng.from_keys(key))):
-        yield
+    return sampled_with(lambda: reduce(Rng.fold, path, Rng.from_keys(torch.tensor(key))))
 
 
 def _pinned(value: Any) -> Any:
