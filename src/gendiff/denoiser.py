@@ -12,9 +12,10 @@ from gendiff._checks import positive_batch, unknown, working_dtype
 from gendiff.condition import Condition as Condition
 from gendiff.math.ddpm import split_variance
 from gendiff.math.predictions import Name, Prediction
-from gendiff.math.schedules import Schedule, Value, times
+from gendiff.math.schedules import Level, Moment, Schedule, Value
 
 Cond = Mapping[str, Tensor] | None
+Time = Tensor | float | Moment
 
 
 @runtime_checkable
@@ -63,9 +64,7 @@ class Denoise(Protocol):
         """The schedule that its times are on."""
         ...
 
-    def __call__(
-        self, x_t: Tensor, t: Tensor | float, cond: Cond = None, carry: Any = None, /
-    ) -> Denoised: ...
+    def __call__(self, x_t: Tensor, t: Time, cond: Cond = None, carry: Any = None, /) -> Denoised: ...
 
 
 @final
@@ -136,24 +135,23 @@ class Denoiser(nn.Module):
         return Denoiser(**{**parts, **changes})
 
     def forward(
-        self, x_t: Float[Tensor, "B *dims"], t: Value, cond: Cond = None, carry: Any = None
+        self, x_t: Float[Tensor, "B *dims"], t: Value | Moment, cond: Cond = None, carry: Any = None
     ) -> Denoised:
         """Denoise.
 
         Args:
             x_t: noised data, [B, *].
-            t: time in (0, 1], a scalar or [B].
+            t: time in (0, 1], a scalar or [B], or what the schedule said of it.
             cond: named tensors with B rows; names that the backbone does not accept are a TypeError.
             carry: what the last call returned as `carry`; this denoiser has no use for it.
         """
         positive_batch(x_t, "x_t")
-        t = self._times(t, x_t)
-        cond = self._checked(cond, len(x_t))
+        moment = self._moment(t, x_t)
+        cond, level = self._checked(cond, len(x_t)), moment.level
         dtype = working_dtype(x_t)
-        level = self.schedule.level(t)
         scale = self.prediction.input_scale(level)
-        x = x_t if scale is None else x_t * scale.to(dtype).reshape(-1, *[1] * (x_t.ndim - 1))
-        out = self.backbone(x.to(self._dtype(x)), self.schedule.timestep(t).float(), cond)
+        x = x_t if scale is None else x_t.to(dtype) * Level(scale, scale).like(x_t, dtype)[0]
+        out = self.backbone(x.to(self._dtype(x)), _timesteps(moment, x_t), cond)
         if not isinstance(out, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]  (users' own)
             raise TypeError(
                 f"a backbone returns a tensor, got {type(out).__name__}; return its `.sample` or first item."
@@ -162,8 +160,9 @@ class Denoiser(nn.Module):
         x0, eps = self.prediction.solve(out.to(dtype), x_t.to(dtype), level)
         return Denoised(x0, eps, out, self.prediction, None if log_var is None else log_var.to(dtype))
 
-    def _times(self, t: Value, x_t: Tensor) -> Tensor:
-        t = times(t, x_t.device)
+    def _moment(self, t: Value | Moment, x_t: Tensor) -> Moment:
+        moment = self.schedule.moment(t, x_t.device)
+        t = moment.t
         if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x_t)):
             raise ValueError(
                 f"t is a scalar or has one value per sample, got {tuple(t.shape)} for {len(x_t)} samples."
@@ -172,7 +171,7 @@ class Denoiser(nn.Module):
             raise ValueError(
                 "t = 0 is exactly the data, where there is nothing to denoise; give times above 0."
             )
-        return t.expand(len(x_t))
+        return moment
 
     def _checked(self, cond: Cond, rows: int) -> Condition:
         cond = Condition.of(cond)
@@ -205,6 +204,14 @@ class Denoiser(nn.Module):
         return out, None
 
 
+def _timesteps(moment: Moment, x_t: Tensor) -> Float[Tensor, "B"]:
+    """What the network is given, one a sample, on the device of these."""
+    timestep = moment.timestep
+    if timestep.ndim == 0 and timestep.device != x_t.device:
+        return torch.full((len(x_t),), float(timestep), dtype=torch.float32, device=x_t.device)
+    return timestep.float().expand(len(x_t))
+
+
 @runtime_checkable
 class Oracle(Protocol):
     """A data law with a known posterior mean, at the level (alpha, sigma)."""
@@ -228,8 +235,8 @@ class OracleDenoiser:
     def __init__(self, oracle: Oracle, schedule: Schedule) -> None:
         self.oracle, self.schedule = oracle, schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond = None, carry: Any = None) -> Denoised:
+    def __call__(self, x_t: Tensor, t: Time, cond: Cond = None, carry: Any = None) -> Denoised:
         if cond:
             raise TypeError(f"an oracle takes no condition, got {sorted(cond)}.")
-        alpha, sigma = self.schedule.level(times(t, x_t.device))
+        alpha, sigma = self.schedule.moment(t, x_t.device).level
         return Denoised(self.oracle.x0(x_t, alpha, sigma), self.oracle.eps(x_t, alpha, sigma))

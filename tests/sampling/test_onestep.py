@@ -104,7 +104,7 @@ def test_learned_variances_read_the_channels() -> None:
     assert low == pytest.approx(moved(DDPM("fixed_small"), grid, noise=1.0))
     assert high == pytest.approx(moved(DDPM("fixed_large"), grid, noise=1.0))
     assert middle == pytest.approx(math.sqrt(low * high))
-    with pytest.raises(ValueError, match=r"variance 'learned_range' needs variance channels of the network"):
+    with pytest.raises(ValueError, match=r"DDPM.*'learned_range'.* needs variance channels of the network"):
         moved(DDPM("learned_range"), grid, noise=1.0)
     assert moved(DDPM(), grid, noise=1.0, log_var=5.0) == moved(DDPM(), grid, noise=1.0)
 
@@ -188,7 +188,6 @@ def test_coefficients_reach_the_device_of_the_samples_without_a_copy(variance) -
     denoised = Denoised(x, x, log_var=x if variance.startswith("learned") else None)
     for solver in (DDPM(variance), DDIM(0.5), Euler(), Heun()):
         state = solver.init(x, Grid(LinearBeta(), (0.5, 0.3, 0.0)))
-        assert state.t.device.type == "meta"
         with OneDevice():
             while not state.done:
                 state = solver.tell(state, denoised, x)

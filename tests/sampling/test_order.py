@@ -1,7 +1,7 @@
 """Solvers have the order they declare, measured on exact laws; and the measure catches those that do not."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from gendiff.denoiser import OracleDenoiser
 from gendiff.math import grids
-from gendiff.sampling import DDIM, DDPM, Euler, Heun, Query, Solver, sample
+from gendiff.sampling import DDIM, DDPM, Euler, Heun, LinearSolver, Query, Solver, sample
 from gendiff.testing.solvers import LAWS, SCHEDULES, Order, check_solver, measure_order
 
 LINE, PLANE, MIXTURE = LAWS
@@ -41,23 +41,27 @@ def test_heun_on_the_schedule_it_was_published_for() -> None:
 
 
 @dataclass(frozen=True)
-class Tilted(Solver):
+class Tilted(LinearSolver):
     """Heun's method whose second evaluation counts 0.4 in place of 0.5."""
 
     order: ClassVar[int] = 2
     start_order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 2
 
-    def ask(self, state):
-        return Heun().ask(state)
+    def plan(self, path):
+        def tilted(combination, factor):
+            return {
+                name: value * factor if name in ("x0", "eps") else value
+                for name, value in combination.items()
+            }
 
-    def tell(self, state, denoised, noise=None):
-        if state.memory is not None:
-            first = state.memory.first
-            denoised = denoised.replace(
-                x0=0.8 * denoised.x0 + 0.2 * first.x0, eps=0.8 * denoised.eps + 0.2 * first.eps
+        return tuple(
+            (
+                replace(first, keep={"x_half": tilted(first.keep["x_half"], 1.2)}),
+                replace(second, x=tilted(second.x, 0.8)),
             )
-        return Heun().tell(state, denoised, noise)
+            for first, second in Heun().plan(path)
+        )
 
 
 @dataclass(frozen=True)

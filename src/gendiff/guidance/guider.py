@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gendiff._checks import unknown
 from gendiff.condition import Condition
-from gendiff.denoiser import Cond, Denoise, Denoised
-from gendiff.math.schedules import Schedule
+from gendiff.denoiser import Cond, Denoise, Denoised, Time
+from gendiff.math.schedules import Moment, Schedule
 
 Batching = Literal["auto", "together", "separate"]
 
@@ -81,7 +81,7 @@ class Guider:
         """The schedule that all branches are on."""
         return self.denoise.schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond = None, carry: Any = None) -> Denoised:
+    def __call__(self, x_t: Tensor, t: Time, cond: Cond = None, carry: Any = None) -> Denoised:
         """Denoise under every branch and combine.
 
         Args:
@@ -103,15 +103,13 @@ class Guider:
             after.append(left)
         return self.combine(**answers).replace(carry=after if any(c is not None for c in after) else None)
 
-    def _evaluate(
-        self, names: list[str], x_t: Tensor, t: Tensor | float, carry: Any
-    ) -> tuple[list[Denoised], Any]:
+    def _evaluate(self, names: list[str], x_t: Tensor, t: Time, carry: Any) -> tuple[list[Denoised], Any]:
         """The answers of the branches of a group, from one call of their denoiser."""
         rows, count = len(x_t), len(names)
         denoise = self.branches[names[0]][0]
         conds = [_fitted(name, self.branches[name][1], rows) for name in names]
         cond = Condition.concat(conds) if count > 1 else conds[0]
-        if isinstance(t, Tensor) and t.ndim == 1:
+        if isinstance(t, Moment) or (isinstance(t, Tensor) and t.ndim == 1):
             t = t.repeat(count)
         denoised = denoise(x_t.repeat(count, *[1] * (x_t.ndim - 1)), t, cond, carry)
         return [_rows(denoised, slice(i * rows, (i + 1) * rows)) for i in range(count)], denoised.carry

@@ -30,6 +30,8 @@ class Grid:
         schedule: the schedule the times belong to.
         times: at least two times, strictly falling, in [0, 1]; only the last may be 0. A tensor is accepted
             and kept as a tuple, so that the grid has content equality.
+        before: of a part of a grid: the times of that before its first.
+        after: likewise those after its last. A solver then does in the part what it does there in the whole.
 
     >>> from gendiff.math.schedules import Rectified
     >>> Grid(Rectified(), [1.0, 0.5, 0.0]).steps
@@ -38,6 +40,8 @@ class Grid:
 
     schedule: Schedule
     times: Sequence[Number] | Num[Tensor, "N"]
+    before: tuple[float, ...] = ()
+    after: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         t = torch.as_tensor(self.times, dtype=torch.float64)
@@ -49,6 +53,15 @@ class Grid:
                 f"a network's timesteps use grids.from_timesteps, for sigmas grids.from_sigmas."
             )
         object.__setattr__(self, "times", tuple(numbers(t)))
+        if self.before or self.after:
+            _ = self.whole  # which is refused where the times do not fall
+
+    @cached_property
+    def whole(self) -> "Grid":
+        """The grid that this one is a part of; itself where it is no part."""
+        if not self.before and not self.after:
+            return self
+        return Grid(self.schedule, (*self.before, *numbers(self.t), *self.after))
 
     @property
     def steps(self) -> int:

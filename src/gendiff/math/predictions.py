@@ -105,8 +105,9 @@ class Prediction:
     ) -> Float[Tensor, "B *dims"]:
         """The network output that stands for (x0, eps): p·x0 + q·eps, which is the target of training."""
         same_shape(x0=x0, eps=eps)
-        p, q = Level(*self.pair(level)).like(x0, working_dtype(x0, eps))
-        return p * x0 + q * eps
+        dtype = working_dtype(x0, eps)
+        p, q = Level(*self.pair(level)).like(x0, dtype)
+        return p * x0.to(dtype) + q * eps.to(dtype)
 
     def solve(
         self, out: Float[Tensor, "B *dims"], x_t: Float[Tensor, "B *dims"], level: Level

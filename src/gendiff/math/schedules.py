@@ -29,11 +29,52 @@ Value: TypeAlias = Float[Tensor, "..."] | Number
 TIMESTEPS = 1000.0  # flow networks are given t in thousandths
 
 
-def times(t: Value, device: torch.device | None = None) -> Float64[Tensor, "..."]:
+class Level(NamedTuple):
+    """The coefficients of `x_t = alpha·x0 + sigma·eps`: float64, a scalar or one value per sample."""
+
+    alpha: Float64[Tensor, "..."]
+    sigma: Float64[Tensor, "..."]
+
+    def like(self, x: Float[Tensor, "B *dims"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) in `dtype`, shaped to multiply samples like `x`."""
+        if self.alpha.ndim == 0 and self.alpha.device.type == "cpu":
+            return self.alpha.to(dtype), self.sigma.to(dtype)  # numbers, which go with a tensor on any device
+        return expand_right(self.alpha.to(dtype), x), expand_right(self.sigma.to(dtype), x)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A time with what a schedule says of it, looked up once: what wrappers pass on in place of a time.
+
+    Attributes:
+        t: the time, a scalar or [B].
+        level: its (alpha, sigma).
+        timestep: what the network is given for it.
+    """
+
+    t: Float64[Tensor, "..."]
+    level: Level
+    timestep: Float64[Tensor, "..."]
+
+    def __float__(self) -> float:
+        return float(self.t)
+
+    def repeat(self, count: int) -> "Moment":
+        """The moments of a batch that is repeated so many times; one of all samples stays as it is."""
+        if self.t.ndim == 0:
+            return self
+        level = Level(*(value.repeat(count) for value in self.level))
+        return Moment(self.t.repeat(count), level, self.timestep.repeat(count))
+
+
+def times(t: "Value | Moment", device: torch.device | None = None) -> Float64[Tensor, "..."]:
     """A time as a float64 tensor, on `device` where one is given; on a CPU it must lie in [0, 1].
 
     A CUDA tensor is not read, because that would synchronise.
     """
+    if isinstance(t, Moment):
+        return t.t
     if isinstance(t, Tensor):
         result = t.to(device=device, dtype=torch.float64)
     else:  # a fill, which a copy from the host would wait for and a captured graph refuses
@@ -45,17 +86,6 @@ def times(t: Value, device: torch.device | None = None) -> Float64[Tensor, "..."
             f"one from the other."
         )
     return result
-
-
-class Level(NamedTuple):
-    """The coefficients of `x_t = alpha·x0 + sigma·eps`: float64, a scalar or one value per sample."""
-
-    alpha: Float64[Tensor, "..."]
-    sigma: Float64[Tensor, "..."]
-
-    def like(self, x: Float[Tensor, "B *dims"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) in `dtype`, shaped to multiply samples like `x`."""
-        return expand_right(self.alpha.to(dtype), x), expand_right(self.sigma.to(dtype), x)
 
 
 class Schedule(ABC):
@@ -102,6 +132,23 @@ class Schedule(ABC):
         return self.level(t).sigma
 
     @final
+    def moment(self, t: "Value | Moment", device: torch.device) -> Moment:
+        """What there is to know of a time, for samples on a device.
+
+        A number, or a scalar on the host, is looked up on the host, so that nothing waits for the device; one
+        time a sample is moved to it.
+
+        >>> moment = Rectified().moment(0.25, torch.device("cpu"))
+        >>> float(moment), moment.level.alpha.item(), moment.timestep.item()
+        (0.25, 0.75, 250.0)
+        """
+        if isinstance(t, Moment):
+            return t
+        on_host = not isinstance(t, Tensor) or (t.ndim == 0 and t.device.type == "cpu")
+        t = times(t) if on_host else times(t, device)
+        return Moment(t, self.level(t), self.timestep(t))
+
+    @final
     def mix(
         self, x0: Float[Tensor, "B *dims"], eps: Float[Tensor, "B *dims"], t: Value
     ) -> Float[Tensor, "B *dims"]:
@@ -119,8 +166,9 @@ class Schedule(ABC):
         tensor([0.7500, 0.0000])
         """
         same_shape(x0=x0, eps=eps)
-        alpha, sigma = self.level(times(t, x0.device)).like(x0, working_dtype(x0, eps))
-        return alpha * x0 + sigma * eps
+        dtype = working_dtype(x0, eps)
+        alpha, sigma = self.level(times(t, x0.device)).like(x0, dtype)
+        return alpha * x0.to(dtype) + sigma * eps.to(dtype)
 
 
 class VariancePreserving(Schedule):

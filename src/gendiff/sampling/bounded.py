@@ -5,9 +5,9 @@ from typing import Any, final
 from torch import Tensor
 
 from gendiff._checks import working_dtype
-from gendiff.denoiser import Cond, Denoise, Denoised
+from gendiff.denoiser import Cond, Denoise, Denoised, Time
 from gendiff.math.bounds import Bound, eps_of
-from gendiff.math.schedules import Schedule, times
+from gendiff.math.schedules import Schedule
 
 
 @final
@@ -30,8 +30,8 @@ class Bounded:
         """The schedule of the wrapped denoiser."""
         return self.denoise.schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor | float, cond: Cond = None, carry: Any = None) -> Denoised:
+    def __call__(self, x_t: Tensor, t: Time, cond: Cond = None, carry: Any = None) -> Denoised:
         denoised = self.denoise(x_t, t, cond, carry)
         x0 = self.bound(denoised.x0)
-        level = self.schedule.level(times(t, x_t.device))
+        level = self.schedule.moment(t, x_t.device).level
         return denoised.replace(x0=x0, eps=eps_of(x0, x_t.to(working_dtype(x_t)), level))

@@ -92,7 +92,7 @@ def _steps(
         carry = denoised.carry
         return denoised
 
-    def draw(x: Tensor) -> Tensor:
+    def draw(x: Tensor, span: tuple[float, float]) -> Tensor:
         assert source is not None
         return source.normal("step", x.shape, dtype=x.dtype, device=x.device)
 

@@ -1,34 +1,33 @@
 """Solvers that need nothing from before: DDPM, DDIM, Euler and Heun."""
 
+import math
 from abc import abstractmethod
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, final, get_args
+from dataclasses import dataclass
+from typing import ClassVar, final, get_args
 
-from jaxtyping import Float
-from torch import Tensor
+import torch
 
 from gendiff._checks import unknown
-from gendiff.denoiser import Denoised
 from gendiff.math import ddpm
-from gendiff.sampling.solver import Query, Solver, State, required, scalars
+from gendiff.math.schedules import Level
+from gendiff.sampling.linear import LinearSolver
+from gendiff.sampling.path import Path, Point
+from gendiff.sampling.stage import Combination, Plan, Spread, Stage
 
 
-class OneStep(Solver):
+class OneStep(LinearSolver):
     """A method of one evaluation a step, at the time the samples are at."""
 
     evaluations: ClassVar[int] = 1
 
     @final
-    def ask(self, state: State) -> Query | None:
-        return None if state.done else Query(state.x, state.t[state.i])
-
-    @final
-    def tell(self, state: State, denoised: Denoised, noise: Float[Tensor, "B *dims"] | None = None) -> State:
-        return state.advance(self.move(state, denoised, noise))
+    def plan(self, path: Path) -> Plan:
+        pairs = zip(path.points, path.points[1:], strict=False)
+        return tuple((self.move(t, s),) for t, s in pairs)
 
     @abstractmethod
-    def move(self, state: State, denoised: Denoised, noise: Tensor | None) -> Tensor:
-        """The samples at the end of the step."""
+    def move(self, t: Point, s: Point) -> Stage:
+        """The one evaluation of the step from t to s."""
 
 
 @final
@@ -49,9 +48,8 @@ class Euler(OneStep):
     order: ClassVar[int] = 1
     start_order: ClassVar[int] = 1
 
-    def move(self, state: State, denoised: Denoised, noise: Tensor | None) -> Tensor:
-        alpha, sigma = scalars(*state.ends[1])
-        return alpha * denoised.x0 + sigma * denoised.eps
+    def move(self, t: Point, s: Point) -> Stage:
+        return Stage(t, to(s))
 
 
 @final
@@ -81,17 +79,12 @@ class DDIM(OneStep):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta lies in [0, 1] (0 is deterministic, 1 is DDPM), got {self.eta}.")
 
-    def needs_noise(self, state: State) -> bool:
-        return self.eta > 0 and not _ends_at_data(state)
-
-    def move(self, state: State, denoised: Denoised, noise: Tensor | None) -> Tensor:
-        level_t, level_s = state.ends
-        variance = self.eta**2 * ddpm.transition(level_t, level_s).variance
-        fresh = variance.sqrt()
-        kept = (level_s.sigma.square() - variance).clamp(min=0).sqrt()
-        alpha, kept, fresh = scalars(level_s.alpha, kept, fresh)
-        x = alpha * denoised.x0 + kept * denoised.eps
-        return x + fresh * required(noise, self) if self.needs_noise(state) else x
+    def move(self, t: Point, s: Point) -> Stage:
+        if self.eta == 0 or s.sigma == 0:
+            return Stage(t, to(s))
+        variance = self.eta**2 * float(transition(t, s).variance)
+        kept = max(s.sigma**2 - variance, 0.0) ** 0.5
+        return Stage(t, {"x0": s.alpha, "eps": kept, "noise": variance**0.5})
 
 
 @final
@@ -116,30 +109,20 @@ class DDPM(OneStep):
         if self.variance not in get_args(ddpm.Variance):
             raise ValueError(unknown("variance", self.variance, get_args(ddpm.Variance)))
 
-    def needs_noise(self, state: State) -> bool:
-        return not _ends_at_data(state)
-
-    def move(self, state: State, denoised: Denoised, noise: Tensor | None) -> Tensor:
-        c = ddpm.transition(*state.ends)
-        of_x0, of_x_t = scalars(c.x0, c.x_t)
-        mean = of_x0 * denoised.x0 + of_x_t * state.x
-        if not self.needs_noise(state):
-            return mean
-        raw = denoised.log_var if self.variance.startswith("learned") else None
-        std = (ddpm.log_variance(self.variance, c, mean, raw) / 2).exp()
-        return mean + std * required(noise, self)
-
-
-class _Tried(NamedTuple):
-    """What Heun's method knows between its two evaluations: the first answer, and Euler's guess."""
-
-    first: Denoised
-    guess: Tensor
+    def move(self, t: Point, s: Point) -> Stage:
+        c = transition(t, s)
+        mean = {"x0": float(c.x0), "x": float(c.x_t)}
+        if s.sigma == 0:
+            return Stage(t, mean)
+        if self.variance == "learned" or self.variance == "learned_range":
+            small, large = (_log_variance(kind, c) for kind in ("fixed_small", "fixed_large"))
+            return Stage(t, mean | {"noise": 1.0}, spread=Spread(self.variance, small, large))
+        return Stage(t, mean | {"noise": math.exp(_log_variance(self.variance, c) / 2)})
 
 
 @final
 @dataclass(frozen=True)
-class Heun(Solver):
+class Heun(LinearSolver):
     r"""Heun's method, the trapezoid rule, for :math:`dx = x_0\,d\alpha + \epsilon\,d\sigma`.
 
     .. math:: x_s = x_t + (\alpha_s-\alpha_t)\,\tfrac{\hat x_0 + \hat x_0'}2
@@ -157,27 +140,33 @@ class Heun(Solver):
     start_order: ClassVar[int] = 2
     evaluations: ClassVar[int] = 2
 
-    def ask(self, state: State) -> Query | None:
-        if state.done:
-            return None
-        if isinstance(state.memory, _Tried):
-            return Query(state.memory.guess, state.t[state.i + 1])
-        return Query(state.x, state.t[state.i])
-
-    def tell(self, state: State, denoised: Denoised, noise: Float[Tensor, "B *dims"] | None = None) -> State:
-        level_t, level_s = state.ends
-        if isinstance(state.memory, _Tried):
-            first = state.memory.first
-            d_alpha, d_sigma = scalars(level_s.alpha - level_t.alpha, level_s.sigma - level_t.sigma)
-            slope = d_alpha * (first.x0 + denoised.x0) + d_sigma * (first.eps + denoised.eps)
-            return state.advance(state.x + slope / 2)
-        alpha, sigma = scalars(*level_s)
-        guess = alpha * denoised.x0 + sigma * denoised.eps
-        return (
-            state.advance(guess) if _ends_at_data(state) else replace(state, memory=_Tried(denoised, guess))
-        )
+    def plan(self, path: Path) -> Plan:
+        pairs = zip(path.points, path.points[1:], strict=False)
+        return tuple(_trapezoid(t, s) if s.sigma else (Stage(t, to(s)),) for t, s in pairs)
 
 
-def _ends_at_data(state: State) -> bool:
-    """Whether the current step ends at sigma = 0, which on every schedule is t = 0."""
-    return bool(state.grid.times[state.i + 1] == 0)
+def to(s: Point) -> Combination:
+    """The sample at a level, of the pair; a step of Euler's method."""
+    return {"x0": s.alpha, "eps": s.sigma}
+
+
+def transition(t: Point, s: Point) -> ddpm.Coefficients:
+    """The law of x_s given x_t and x0."""
+    return ddpm.transition(_level(t), _level(s))
+
+
+def _level(point: Point) -> Level:
+    alpha, sigma = torch.tensor([point.alpha, point.sigma], dtype=torch.float64)
+    return Level(alpha, sigma)
+
+
+def _log_variance(kind: ddpm.Variance, c: ddpm.Coefficients) -> float:
+    return float(ddpm.log_variance(kind, c, torch.zeros(1, dtype=torch.float64)))
+
+
+def _trapezoid(t: Point, s: Point) -> tuple[Stage, Stage]:
+    """Half of the slope at either end; what the first evaluation says of it waits for the second."""
+    d_alpha, d_sigma = (s.alpha - t.alpha) / 2, (s.sigma - t.sigma) / 2
+    half = {"x0": d_alpha, "eps": d_sigma}
+    guess = Stage(t, to(s), keep={"x_half": {"x": 1.0, **half}})
+    return guess, Stage(s, {"x_half": 1.0, **half})

@@ -8,8 +8,9 @@ at both ends of a step, in float64: that needs no derivative of the schedule and
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, TypeAlias, final
 
+import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
@@ -18,9 +19,11 @@ from gendiff.denoiser import Denoised
 from gendiff.math.grids import Grid
 from gendiff.math.schedules import Level
 
+Draw: TypeAlias = Callable[[Tensor, tuple[float, float]], Tensor]
+
 
 class Query(NamedTuple):
-    """Where a solver wants the network evaluated: x at time t, a scalar tensor on the device of x."""
+    """Where a solver wants the network evaluated: x at time t, a scalar tensor on the host."""
 
     x: Float[Tensor, "B *dims"]
     t: Float64[Tensor, ""]
@@ -34,16 +37,21 @@ class State:
     Attributes:
         x: samples at time grid.t[i], [B, *].
         grid: the times and the schedule.
-        t: the times of the grid on the device of x.
         i: number of finished steps.
         memory: what a solver keeps between two evaluations; None at the start of a step of a one-step method.
+        plan: what a solver worked out for the grid before the first step.
     """
 
     x: Float[Tensor, "B *dims"]
     grid: Grid
-    t: Float64[Tensor, "N"]
     i: int = 0
     memory: Any = None
+    plan: Any = None
+
+    @property
+    def t(self) -> Float64[Tensor, "N"]:
+        """The times of the grid, on the host."""
+        return self.grid.t
 
     @property
     def done(self) -> bool:
@@ -82,11 +90,21 @@ class Solver(ABC):
                 They are kept in at least float32, whatever the network computes in.
             grid: the times.
         """
-        return State(x.to(working_dtype(x)), grid, grid.t.to(x.device))
+        return State(x.to(working_dtype(x)), grid, plan=self.prepare(grid))
+
+    def prepare(self, grid: Grid) -> Any:
+        """What is worked out once for a grid, the `plan` of every state; nothing, unless a method says so."""
+        return None
 
     @abstractmethod
-    def ask(self, state: State) -> Query | None:
-        """Where the network is to be evaluated next; None when the grid is done."""
+    def ask(self, state: State, noise: Float[Tensor, "B *dims"] | None = None) -> Query | None:
+        """Where the network is to be evaluated next; None when the grid is done.
+
+        Args:
+            state: where the run stands.
+            noise: what `tell` will be given, where `stirs(state)`; a method that never stirs may leave the
+                argument out.
+        """
 
     @abstractmethod
     def tell(self, state: State, denoised: Denoised, noise: Float[Tensor, "B *dims"] | None = None) -> State:
@@ -96,19 +114,29 @@ class Solver(ABC):
         """Whether the next `tell` adds noise. False unless a stochastic method says otherwise."""
         return False
 
+    def stirs(self, state: State) -> bool:
+        """Whether `ask` noises the samples before the network is given them, as churn does."""
+        return False
+
+    def span(self, state: State) -> tuple[float, float]:
+        """The times between which the noise of the next `tell` is an increment of a Brownian motion."""
+        t, s = state.grid.times[state.i : state.i + 2]
+        return float(t), float(s)
+
     @final
     def step(
         self,
         state: State,
         denoise: Callable[[Tensor, Tensor], Denoised],
-        draw: Callable[[Tensor], Tensor] | None = None,
+        draw: Draw | None = None,
     ) -> tuple[State, Denoised]:
         """One step of the grid: ask, evaluate and tell until the step is finished.
 
         Args:
             state: a state that is not done.
             denoise: `denoise(x, t) -> Denoised`.
-            draw: `draw(x) -> noise`, unit Gaussian noise like x; needed by stochastic methods.
+            draw: `draw(x, (t, s)) -> noise`, unit Gaussian noise like x for the way from t to s; needed by
+                stochastic methods.
 
         Returns:
             The next state and the last thing the network said.
@@ -117,20 +145,20 @@ class Solver(ABC):
             raise ValueError(f"the grid of {state.grid.steps} steps is done; init starts another run.")
         i = state.i
         while state.i == i:
-            query = self.ask(state)
-            assert query is not None
             noise = self._noise(state, draw)  # before the network is run for nothing
+            query = self.ask(state, noise) if self.stirs(state) else self.ask(state)
+            assert query is not None
             denoised = denoise(query.x, query.t)
             state = self.tell(state, denoised, noise)
         return state, denoised  # pyright: ignore[reportPossiblyUnboundVariable]
 
     @final
-    def _noise(self, state: State, draw: Callable[[Tensor], Tensor] | None) -> Tensor | None:
+    def _noise(self, state: State, draw: Draw | None) -> Tensor | None:
         if not self.needs_noise(state):
             return None
         if draw is None:
             raise ValueError(f"{self!r} adds noise in every step: pass rng=Rng(seed) or a torch.Generator.")
-        return draw(state.x)
+        return draw(state.x, self.span(state))
 
 
 def required(noise: Tensor | None, solver: Solver) -> Tensor:
@@ -138,6 +166,11 @@ def required(noise: Tensor | None, solver: Solver) -> Tensor:
     if noise is None:
         raise ValueError(f"{solver!r} adds noise in this step, so tell needs unit Gaussian noise like x.")
     return noise
+
+
+def moment_at(t: float) -> Float64[Tensor, ""]:
+    """A time on the host, which no device has to wait for."""
+    return torch.tensor(t, dtype=torch.float64)
 
 
 def scalars(*values: Tensor) -> list[float]:

@@ -216,7 +216,7 @@ def _distance_to_marginal(solver: Solver, oracle: GaussianOracle, grid: Grid) ->
     x[1:first_kick] = unit
     row = first_kick
 
-    def draw(like: Tensor) -> Tensor:
+    def draw(like: Tensor, span: tuple[float, float]) -> Tensor:
         nonlocal row
         noise = torch.zeros_like(like)
         noise[row : row + size] = unit
