@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gendiff._checks import positive_batch, unknown, working_dtype
 from gendiff.condition import Condition as Condition
 from gendiff.math.ddpm import split_variance
-from gendiff.math.predictions import Name, Prediction
+from gendiff.math.predictions import Name, Prediction, applied
 from gendiff.math.schedules import Level, Moment, Schedule, Value
 
 Cond = Mapping[str, Tensor] | None
@@ -157,7 +157,7 @@ class Denoiser(nn.Module):
                 f"a backbone returns a tensor, got {type(out).__name__}; return its `.sample` or first item."
             )
         out, log_var = self._split(out, x_t)
-        x0, eps = self.prediction.solve(out.to(dtype), x_t.to(dtype), level)
+        x0, eps = applied(moment.solution(self.prediction), out.to(dtype), x_t.to(dtype))
         return Denoised(x0, eps, out, self.prediction, None if log_var is None else log_var.to(dtype))
 
     def _moment(self, t: Value | Moment, x_t: Tensor) -> Moment:

@@ -183,3 +183,38 @@ def test_what_does_not_fit_is_refused() -> None:
         Guider(denoiser(), branches, CFG, batching="toghether")
     with pytest.raises(TypeError, match=r"unknown condition 'size'"):
         Guider(denoiser(), {"cond": {"size": torch.ones(1)}, "uncond": None}, CFG)(torch.ones(2, 1), 0.5)
+
+
+def test_a_branch_with_an_interval_is_evaluated_in_it_alone() -> None:
+    calls = []
+
+    def network(x, timestep, cond):
+        calls.append(cond["label"].tolist())
+        return cond["label"].float()[:, None] * x
+
+    network.accepts = frozenset({"label"})
+    denoise = Denoiser(network, LinearBeta(), "x0")
+    branches = {"cond": {"label": torch.tensor([3])}, "uncond": {"label": torch.tensor([1])}}
+    guider = Guider(denoise, branches, partial(cfg, scale=2.0), when={"uncond": (0.3, 0.7)})
+    x = torch.ones(1, 2)
+    for t, answer, labels in [(0.2, 3.0, [3]), (0.3, 5.0, [3, 1]), (0.7, 5.0, [3, 1]), (0.71, 3.0, [3])]:
+        calls.clear()
+        assert guider(x, t).x0[0, 0].item() == pytest.approx(answer)
+        assert calls == [labels]
+        assert guider.active(t) == (("cond", "uncond") if len(labels) == 2 else ("cond",))
+    with pytest.raises(ValueError, match=r"one time that the host knows.*not for training"):
+        guider(x, torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize(
+    ("when", "says"),
+    [
+        ({"uncnd": (0.0, 0.5)}, r"unknown branch in `when` 'uncnd'; did you mean 'uncond'"),
+        ({"uncond": (0.5, 0.5)}, r"gives 'uncond' the times \[0.5, 0.5\].*low first"),
+        ({"uncond": (0.0, 0.5), "cond": (0.0, 0.5)}, r"every branch has an interval"),
+    ],
+)
+def test_intervals_that_make_no_sense_are_refused(when, says) -> None:
+    denoise = Denoiser(lambda x, timestep, cond: x, LinearBeta(), "x0")
+    with pytest.raises(ValueError, match=says):
+        Guider(denoise, {"cond": {}, "uncond": {}}, partial(cfg, scale=2.0), when=when)

@@ -36,13 +36,16 @@ class Guider:
         branches: names to conditions, or to (denoiser, condition). A condition of one row serves the whole
             batch. The names are the argument names of `combine`.
         combine: rule from the branches' answers to one, such as `partial(cfg, scale=7.5)`.
+        when: branches that are only evaluated at times in [low, high], by name. Elsewhere such a branch is
+            taken to say what the first of the others says, which switches its guidance off. At least one
+            branch is evaluated always. It needs times that are numbers, as samplers give them.
         batching: "together" evaluates all branches of a denoiser in one batch and refuses conditions that
             cannot be joined, "separate" one after the other, "auto" together where the conditions can be
             joined.
 
     Raises:
-        ValueError: for branches on different schedules, or with batching="together" conditions that do not
-            join.
+        ValueError: for branches on different schedules, intervals that are none, or with batching="together"
+            conditions that do not join.
         TypeError: if the branch names are not the arguments of `combine`.
     """
 
@@ -52,6 +55,7 @@ class Guider:
         branches: Mapping[str, Cond | tuple[Denoise, Cond]],
         combine: Callable[..., Denoised],
         *,
+        when: Mapping[str, tuple[float | int, float | int]] | None = None,
         batching: Batching = "auto",
     ) -> None:
         if batching not in ("auto", "together", "separate"):
@@ -74,7 +78,24 @@ class Guider:
                 f"the branches {sorted(self.branches)} must be the arguments of "
                 f"combine({', '.join(signature.parameters)}): {error}."
             ) from None
+        self.when = {name: _interval(name, ends, self.branches) for name, ends in (when or {}).items()}
+        if not self.branches.keys() - self.when.keys():
+            raise ValueError(
+                f"every branch has an interval in `when`, {sorted(self.when)}; leave out one that is always "
+                f"evaluated, such as 'cond'."
+            )
         self._groups = self._grouped()
+
+    def active(self, t: float | int) -> tuple[str, ...]:
+        """The branches that are evaluated at a time.
+
+        A step that is captured in a graph is one for each of these.
+        """
+        return tuple(name for name in self.branches if name not in self.when or self._holds(name, t))
+
+    def _holds(self, name: str, t: float | int) -> bool:
+        low, high = self.when[name]
+        return low <= t <= high
 
     @property
     def schedule(self) -> Schedule:
@@ -94,13 +115,18 @@ class Guider:
             raise TypeError(
                 f"the branches of a guider hold its conditions, so none is given at the call; got {cond!r}."
             )
+        active = self.active(_number(t)) if self.when else tuple(self.branches)
         carries = carry if carry is not None else [None] * len(self._groups)
         answers: dict[str, Denoised] = {}
         after: list[Any] = []
-        for names, group_carry in zip(self._groups, carries, strict=True):
-            parts, left = self._evaluate(names, x_t, t, group_carry)
-            answers.update(zip(names, parts, strict=True))
-            after.append(left)
+        for group, group_carry in zip(self._groups, carries, strict=True):
+            names = [name for name in group if name in active]
+            if names:
+                parts, group_carry = self._evaluate(names, x_t, t, group_carry)
+                answers.update(zip(names, parts, strict=True))
+            after.append(group_carry)
+        always = next(name for name in self.branches if name not in self.when)
+        answers = {name: answers.get(name, answers[always]) for name in self.branches}
         return self.combine(**answers).replace(carry=after if any(c is not None for c in after) else None)
 
     def _evaluate(self, names: list[str], x_t: Tensor, t: Time, carry: Any) -> tuple[list[Denoised], Any]:
@@ -140,6 +166,30 @@ class Guider:
                 f"conditions differ in names or shapes; pad them, or use batching='auto'."
             )
         return joins
+
+
+def _interval(
+    name: str, ends: tuple[float | int, float | int], branches: Mapping[str, Any]
+) -> tuple[float, float]:
+    if name not in branches:
+        raise ValueError(unknown("branch in `when`", name, branches))
+    low, high = (float(end) for end in ends)
+    if not 0 <= low < high <= 1:
+        raise ValueError(
+            f"`when` gives {name!r} the times [{low:g}, {high:g}]; they lie in [0, 1], low first."
+        )
+    return low, high
+
+
+def _number(t: Time) -> float:
+    if isinstance(t, Moment) and t.number is not None:
+        return t.number
+    if isinstance(t, float | int) or (isinstance(t, Tensor) and t.ndim == 0 and t.device.type == "cpu"):
+        return float(t)
+    raise ValueError(
+        f"a guider with `when` is asked for one time that the host knows (a number, or a scalar on the CPU), "
+        f"got {t!r}; guidance in an interval is for sampling, not for training."
+    )
 
 
 def _fitted(name: str, cond: Condition, rows: int) -> Condition:

@@ -82,6 +82,20 @@ class Grid:
         """(alpha, sigma) at the i-th time."""
         return Level(self.levels.alpha[i], self.levels.sigma[i])
 
+    def on(self, schedule: Schedule) -> "Grid":
+        """The grid of the same log-SNRs on another schedule; the data stays the data.
+
+        >>> from gendiff.math.schedules import Rectified, VarianceExploding
+        >>> Grid(Rectified(), [0.5, 0.0]).on(VarianceExploding()).levels.sigma
+        tensor([1., 0.], dtype=torch.float64)
+        """
+
+        def converted(times: Float64[Tensor, "N"]) -> tuple[float, ...]:
+            return tuple(numbers(_times_of(schedule, (-self.schedule.log_snr(times) / 2).exp())))
+
+        ends = (converted(torch.tensor(part, dtype=torch.float64)) for part in (self.before, self.after))
+        return Grid(schedule, converted(self.t), *ends)
+
     def shifted(self, shift: Number | None = None, *, tokens: int | None = None) -> "Grid":
         """The grid with its times moved towards the noise (shift > 1) or the data (shift < 1).
 

@@ -13,7 +13,7 @@ loss weighting a common currency (`gendiff.objectives`).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final, get_args
+from typing import Literal, NamedTuple, final, get_args
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,16 @@ from gendiff.math.schedules import Level, Schedule
 
 Name = Literal["x0", "epsilon", "v", "flow", "edm"]
 Pair = tuple[Tensor, Tensor]
+
+
+class Coefficients(NamedTuple):
+    """What x0 and eps are made of: x_t and the output, each times one of these."""
+
+    x0_of_x_t: Tensor
+    x0_of_out: Tensor
+    eps_of_x_t: Tensor
+    eps_of_out: Tensor
+
 
 _PAIRS: dict[str, Callable[[Tensor, Tensor, Number], Pair]] = {
     "x0": lambda alpha, sigma, data: (torch.ones_like(alpha), torch.zeros_like(sigma)),
@@ -122,16 +132,19 @@ class Prediction:
         >>> 0.8 * x0 + 0.6 * eps, eps - x0
         (tensor([[1.]]), tensor([[2.0000]]))
         """
-        same_shape(out=out, x_t=x_t)
+        return applied(self.coefficients(level), out, x_t)
+
+    def coefficients(self, level: Level) -> "Coefficients":
+        """What `solve` multiplies by, in the precision of the level."""
         (p, q), determinant = self.pair(level), self.determinant(level)
         if determinant.device.type == "cpu" and bool((determinant == 0).any()):
             raise ValueError(
                 f"{self.name} prediction does not determine x0 and eps where alpha = {numbers(level.alpha)} "
                 f"and sigma = {numbers(level.sigma)}: one of them enters neither x_t nor the output there."
             )
-        x0_of_x_t, x0_of_out = Level(q / determinant, -level.sigma / determinant).like(x_t, x_t.dtype)
-        eps_of_x_t, eps_of_out = Level(-p / determinant, level.alpha / determinant).like(x_t, x_t.dtype)
-        return x0_of_x_t * x_t + x0_of_out * out, eps_of_x_t * x_t + eps_of_out * out
+        return Coefficients(
+            q / determinant, -level.sigma / determinant, -p / determinant, level.alpha / determinant
+        )
 
     def check(self, schedule: Schedule) -> None:
         """Raise a ValueError if the output does not determine x0 at t = 1, the noisiest level."""
@@ -141,3 +154,14 @@ class Prediction:
                 f"says nothing of the data. Use 'v' or 'flow' prediction, or a schedule whose terminal SNR "
                 f"is not zero."
             )
+
+
+def applied(
+    coefficients: "Coefficients", out: Float[Tensor, "B *dims"], x_t: Float[Tensor, "B *dims"]
+) -> tuple[Float[Tensor, "B *dims"], Float[Tensor, "B *dims"]]:
+    """The pair (x0, eps) of an output and x_t."""
+    same_shape(out=out, x_t=x_t)
+    of_x_t, of_out = Level(*coefficients[:2]).like(x_t, x_t.dtype)
+    x0 = of_x_t * x_t + of_out * out
+    of_x_t, of_out = Level(*coefficients[2:]).like(x_t, x_t.dtype)
+    return x0, of_x_t * x_t + of_out * out

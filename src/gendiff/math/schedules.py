@@ -16,7 +16,7 @@ A table of N betas is the schedule with grid times (i + 1)/N for i = 0 … N - 1
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from jaxtyping import Float, Float64
@@ -42,7 +42,6 @@ class Level(NamedTuple):
         return expand_right(self.alpha.to(dtype), x), expand_right(self.sigma.to(dtype), x)
 
 
-@final
 @dataclass(frozen=True, eq=False)
 class Moment:
     """A time with what a schedule says of it, looked up once: what wrappers pass on in place of a time.
@@ -51,14 +50,20 @@ class Moment:
         t: the time, a scalar or [B].
         level: its (alpha, sigma).
         timestep: what the network is given for it.
+        number: the time as a number, where all samples share it and it is known without asking a device.
     """
 
     t: Float64[Tensor, "..."]
     level: Level
     timestep: Float64[Tensor, "..."]
+    number: float | None = None
 
     def __float__(self) -> float:
-        return float(self.t)
+        return float(self.t) if self.number is None else self.number
+
+    def solution(self, prediction: Any) -> Any:
+        """The coefficients with which a `Prediction` solves for x0 and eps here."""
+        return prediction.coefficients(self.level)
 
     def repeat(self, count: int) -> "Moment":
         """The moments of a batch that is repeated so many times; one of all samples stays as it is."""
@@ -146,7 +151,7 @@ class Schedule(ABC):
             return t
         on_host = not isinstance(t, Tensor) or (t.ndim == 0 and t.device.type == "cpu")
         t = times(t) if on_host else times(t, device)
-        return Moment(t, self.level(t), self.timestep(t))
+        return Moment(t, self.level(t), self.timestep(t), float(t) if on_host else None)
 
     @final
     def mix(

@@ -4,6 +4,9 @@ from gendiff.sampling.bounded import Bounded as Bounded
 from gendiff.sampling.driver import Step as Step
 from gendiff.sampling.driver import iterate as iterate
 from gendiff.sampling.driver import sample as sample
+from gendiff.sampling.handoff import Handoff as Handoff
+from gendiff.sampling.handoff import split as split
+from gendiff.sampling.known import Known as Known
 from gendiff.sampling.linear import LinearSolver as LinearSolver
 from gendiff.sampling.onestep import DDIM as DDIM
 from gendiff.sampling.onestep import DDPM as DDPM

@@ -1,7 +1,7 @@
 """The loop: a generator that yields every step, and a function that runs it to the end."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -12,6 +12,7 @@ from gendiff._checks import positive_batch
 from gendiff.denoiser import Cond, Denoise, Denoised
 from gendiff.math.grids import Grid
 from gendiff.random import Randomness, as_rng
+from gendiff.sampling.handoff import Handoff
 from gendiff.sampling.solver import Solver, State
 
 
@@ -27,6 +28,7 @@ class Step:
         x: samples at s, [B, *].
         denoised: what the network last said in it; `denoised.x0` is a preview of the result.
         state: the solver's state after it.
+        solver: the method.
     """
 
     i: int
@@ -35,11 +37,19 @@ class Step:
     x: Float[Tensor, "B *dims"]
     denoised: Denoised
     state: State
+    solver: Solver
+
+    @property
+    def handoff(self) -> Handoff:
+        """What a second stage needs to go on from here exactly; given to `sample` in place of x."""
+        return Handoff(
+            self.x, self.s, self.denoised.eps, self.state.memory, self.solver, self.state.grid.whole
+        )
 
 
 def iterate(
     denoise: Denoise,
-    x: Float[Tensor, "B *dims"],
+    x: Float[Tensor, "B *dims"] | Handoff,
     grid: Grid,
     solver: Solver,
     *,
@@ -52,7 +62,8 @@ def iterate(
     Args:
         denoise: a `Denoiser`, a guider, or any wrapper round one.
         x: samples at the first time of the grid, [B, *]: unit noise for grids that start at t = 1 of a
-            variance-preserving or flow schedule, `sigma·noise` for a variance-exploding one.
+            variance-preserving or flow schedule, `sigma·noise` for a variance-exploding one. Or the `handoff`
+            of the last step of an earlier stage.
         grid: the times, on the schedule of `denoise`.
         solver: the method.
         cond: the condition given to every call.
@@ -61,7 +72,8 @@ def iterate(
         grad: whether gradients flow through the steps; off by default, whatever the caller's mode.
 
     Raises:
-        ValueError: if the grid is on another schedule than the denoiser, or a stochastic method has no rng.
+        ValueError: if the grid is on another schedule than the denoiser, a stochastic method has no rng, or a
+            handoff does not fit the grid.
 
     >>> from gendiff.denoiser import OracleDenoiser
     >>> from gendiff.math import GaussianOracle, Rectified, grids
@@ -71,13 +83,14 @@ def iterate(
     >>> [(step.t, step.s) for step in steps][-1], steps[-1].x
     ((0.25, 0.0), tensor([[3.0000]], dtype=torch.float64))
     """
-    positive_batch(x, "x")
+    positive_batch(x.x_t if isinstance(x, Handoff) else x, "x")
     if grid.schedule != denoise.schedule:
         raise ValueError(
             f"the grid is on {grid.schedule!r} but the denoiser was made for {denoise.schedule!r}; "
             f"make the grid with schedule=denoise.schedule."
         )
-    return _steps(denoise, solver.init(x, grid), solver, cond, None if rng is None else as_rng(rng), grad)
+    state = x.begin(grid, solver) if isinstance(x, Handoff) else solver.init(x, grid)
+    return _steps(denoise, state, solver, cond, None if rng is None else as_rng(rng), grad)
 
 
 def _steps(
@@ -100,12 +113,14 @@ def _steps(
         i, (t, s) = state.i, map(float, state.grid.times[state.i : state.i + 2])
         with torch.set_grad_enabled(grad):
             state, denoised = solver.step(state, ask_network, draw if source is not None else None)
-        yield Step(i, t, s, state.x, denoised, state)
+            if state.done and s == 0:
+                state = replace(state, x=finished(denoise, state.x))
+        yield Step(i, t, s, state.x, denoised, state, solver)
 
 
 def sample(
     denoise: Denoise,
-    x: Float[Tensor, "B *dims"],
+    x: Float[Tensor, "B *dims"] | Handoff,
     grid: Grid,
     solver: Solver,
     *,
@@ -122,6 +137,14 @@ def sample(
     >>> sample(exact, torch.ones(2, 1), grids.uniform(Rectified(), 8), Heun()).shape
     torch.Size([2, 1])
     """
-    for step in iterate(denoise, x, grid, solver, cond=cond, rng=rng, grad=grad):
-        x = step.x
-    return x
+    *_, last = iterate(denoise, x, grid, solver, cond=cond, rng=rng, grad=grad)
+    return last.x
+
+
+def finished(denoise: Denoise, x: Tensor) -> Tensor:
+    """A sample at the data, as the outermost wrapper with a `finish` leaves it."""
+    while not hasattr(denoise, "finish"):
+        if not hasattr(denoise, "denoise"):
+            return x
+        denoise = getattr(denoise, "denoise")  # noqa: B009 (not every denoiser has one)
+    return getattr(denoise, "finish")(x)  # noqa: B009
