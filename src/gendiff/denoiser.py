@@ -134,6 +134,14 @@ class Denoiser(nn.Module):
                 raise TypeError(unknown("part of a denoiser", name, parts))
         return Denoiser(**{**parts, **changes})
 
+    def parts(self) -> tuple[Any, ...]:
+        """What a captured step takes for granted; see `gendiff.sampling.static`."""
+        return (self.schedule, self.prediction, self.learned_variance), (), (), (self.backbone,)
+
+    def rebuilt(self, denoisers: tuple[Denoise, ...], tensors: tuple[Tensor, ...]) -> "Denoiser":
+        """Itself: a denoiser reads no tensor but its network's weights."""
+        return self
+
     def forward(
         self, x_t: Float[Tensor, "B *dims"], t: Value | Moment, cond: Cond = None, carry: Any = None
     ) -> Denoised:

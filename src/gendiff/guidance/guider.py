@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Literal, final
 
 from torch import Tensor
@@ -60,7 +61,8 @@ class Guider:
     ) -> None:
         if batching not in ("auto", "together", "separate"):
             raise ValueError(unknown("batching", batching, ["auto", "together", "separate"]))
-        self.denoise, self.combine, self.batching = denoise, combine, batching
+        self.denoise, self.combine = denoise, combine
+        self.batching: Batching = batching
         self.branches: dict[str, tuple[Denoise, Condition]] = {}
         for name, branch in branches.items():
             own, cond = branch if isinstance(branch, tuple) else (denoise, branch)
@@ -128,6 +130,32 @@ class Guider:
         always = next(name for name in self.branches if name not in self.when)
         answers = {name: answers.get(name, answers[always]) for name in self.branches}
         return self.combine(**answers).replace(carry=after if any(c is not None for c in after) else None)
+
+    def parts(self) -> tuple[Any, ...]:
+        """What it is made of; see `gendiff.sampling.static`."""
+        rule = self.combine
+        settings = rule.keywords if isinstance(rule, partial) else {}
+        scales = {name: value for name, value in settings.items() if isinstance(value, Tensor)}
+        plain = tuple((name, value) for name, value in settings.items() if name not in scales)
+        what = (rule.func, rule.args, plain, tuple(scales)) if isinstance(rule, partial) else rule
+        names = tuple((name, tuple(cond)) for name, (_, cond) in self.branches.items())
+        key = names, what, self.batching, tuple(self.when.items())
+        conds = [value for _, cond in self.branches.values() for value in cond.values()]
+        denoisers = self.denoise, *(denoise for denoise, _ in self.branches.values())
+        return key, denoisers, (*conds, *scales.values())
+
+    def rebuilt(self, denoisers: tuple[Denoise, ...], tensors: tuple[Tensor, ...]) -> "Guider":
+        """The same with other conditions and scales."""
+        given, own = iter(tensors), zip(self.branches.items(), denoisers[1:], strict=True)
+        branches = {
+            name: (denoise, Condition({key: next(given) for key in cond}))
+            for (name, (_, cond)), denoise in own
+        }
+        rule = self.combine
+        if isinstance(rule, partial):
+            scales = {k: next(given) for k, value in rule.keywords.items() if isinstance(value, Tensor)}
+            rule = partial(rule.func, *rule.args, **{**rule.keywords, **scales})
+        return Guider(denoisers[0], branches, rule, when=self.when, batching=self.batching)
 
     def _evaluate(self, names: list[str], x_t: Tensor, t: Time, carry: Any) -> tuple[list[Denoised], Any]:
         """The answers of the branches of a group, from one call of their denoiser."""

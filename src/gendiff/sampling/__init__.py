@@ -1,15 +1,36 @@
 """Solvers of declared order, and the loop that runs them."""
 
+from gendiff.sampling.adams import LMS as LMS
+from gendiff.sampling.adams import PNDM as PNDM
+from gendiff.sampling.adaptive import PID as PID
+from gendiff.sampling.adaptive import Adaptive as Adaptive
+from gendiff.sampling.ancestral import DPM2Ancestral as DPM2Ancestral
+from gendiff.sampling.ancestral import EulerAncestral as EulerAncestral
+from gendiff.sampling.bits import VariationalBound as VariationalBound
+from gendiff.sampling.bits import bits_per_dim as bits_per_dim
+from gendiff.sampling.bits import dequantise as dequantise
+from gendiff.sampling.bits import variational_bound as variational_bound
 from gendiff.sampling.bounded import Bounded as Bounded
+from gendiff.sampling.consistency import LCM as LCM
+from gendiff.sampling.consistency import TCD as TCD
+from gendiff.sampling.divergence import Divergence as Divergence
+from gendiff.sampling.divergence import Exact as Exact
+from gendiff.sampling.divergence import Hutchinson as Hutchinson
 from gendiff.sampling.driver import Step as Step
 from gendiff.sampling.driver import iterate as iterate
 from gendiff.sampling.driver import sample as sample
+from gendiff.sampling.graphs import Graphs as Graphs
 from gendiff.sampling.handoff import Handoff as Handoff
 from gendiff.sampling.handoff import split as split
+from gendiff.sampling.inversion import invert as invert
 from gendiff.sampling.known import Known as Known
+from gendiff.sampling.likelihood import Likelihood as Likelihood
+from gendiff.sampling.likelihood import angle_grid as angle_grid
+from gendiff.sampling.likelihood import log_likelihood as log_likelihood
 from gendiff.sampling.linear import LinearSolver as LinearSolver
 from gendiff.sampling.onestep import DDIM as DDIM
 from gendiff.sampling.onestep import DDPM as DDPM
+from gendiff.sampling.onestep import DPM2 as DPM2
 from gendiff.sampling.onestep import Euler as Euler
 from gendiff.sampling.onestep import Heun as Heun
 from gendiff.sampling.path import Path as Path

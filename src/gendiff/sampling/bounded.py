@@ -35,3 +35,11 @@ class Bounded:
         x0 = self.bound(denoised.x0)
         level = self.schedule.moment(t, x_t.device).level
         return denoised.replace(x0=x0, eps=eps_of(x0, x_t.to(working_dtype(x_t)), level))
+
+    def parts(self) -> tuple[Any, ...]:
+        """What it is made of; see `gendiff.sampling.static`."""
+        return self.bound, (self.denoise,), ()
+
+    def rebuilt(self, denoisers: tuple[Denoise, ...], tensors: tuple[Tensor, ...]) -> "Bounded":
+        """The same round another denoiser."""
+        return Bounded(denoisers[0], self.bound)

@@ -2,18 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gendiff._checks import positive_batch
+from gendiff._checks import positive_batch, unknown
+from gendiff.condition import Condition
 from gendiff.denoiser import Cond, Denoise, Denoised
 from gendiff.math.grids import Grid
 from gendiff.random import Randomness, as_rng
+from gendiff.sampling.graphs import Graphs, graphs_of
 from gendiff.sampling.handoff import Handoff
-from gendiff.sampling.solver import Solver, State
+from gendiff.sampling.solver import Draw, Solver, State
+
+Engine = Graphs | Literal["eager", "graph"] | str
 
 
 @final
@@ -56,6 +60,7 @@ def iterate(
     cond: Cond = None,
     rng: Randomness | torch.Generator | int | None = None,
     grad: bool = False,
+    engine: Engine = "eager",
 ) -> Iterator[Step]:
     """Sample, yielding every step: the user's `for` loop is the progress bar, the preview and the early stop.
 
@@ -70,6 +75,9 @@ def iterate(
         rng: randomness of stochastic methods: an `Rng`, a `torch.Generator` or a seed. Step n draws the n-th
             time from the stream "step".
         grad: whether gradients flow through the steps; off by default, whatever the caller's mode.
+        engine: "graph" captures a step in a CUDA graph and replays it, with the same result; the graph is
+            kept as long as the denoiser, and used again for other conditions and grids. `Graphs` of your own
+            are kept by you.
 
     Raises:
         ValueError: if the grid is on another schedule than the denoiser, a stochastic method has no rng, or a
@@ -90,11 +98,18 @@ def iterate(
             f"make the grid with schedule=denoise.schedule."
         )
     state = x.begin(grid, solver) if isinstance(x, Handoff) else solver.init(x, grid)
-    return _steps(denoise, state, solver, cond, None if rng is None else as_rng(rng), grad)
+    draw = None if rng is None else _drawing(rng)
+    if engine == "eager":
+        return _steps(denoise, state, solver, cond, draw, grad)
+    graphs = _graphs(engine, denoise, grad)
+    return (
+        _step_of(denoise, solver, after, denoised)
+        for after, denoised in graphs.run(denoise, state, solver, Condition.of(cond), draw)
+    )
 
 
 def _steps(
-    denoise: Denoise, state: State, solver: Solver, cond: Cond, source: Randomness | None, grad: bool
+    denoise: Denoise, state: State, solver: Solver, cond: Cond, draw: Draw | None, grad: bool
 ) -> Iterator[Step]:
     """The loop itself, apart from `iterate`, so that this one refuses bad input when it is called."""
     carry: Any = None
@@ -105,17 +120,12 @@ def _steps(
         carry = denoised.carry
         return denoised
 
-    def draw(x: Tensor, span: tuple[float, float]) -> Tensor:
-        assert source is not None
-        return source.normal("step", x.shape, dtype=x.dtype, device=x.device)
-
     while not state.done:
-        i, (t, s) = state.i, map(float, state.grid.times[state.i : state.i + 2])
         with torch.set_grad_enabled(grad):
-            state, denoised = solver.step(state, ask_network, draw if source is not None else None)
-            if state.done and s == 0:
-                state = replace(state, x=finished(denoise, state.x))
-        yield Step(i, t, s, state.x, denoised, state, solver)
+            state, denoised = solver.step(state, ask_network, draw)
+            step = _step_of(denoise, solver, state, denoised)
+        state = step.state
+        yield step
 
 
 def sample(
@@ -127,6 +137,7 @@ def sample(
     cond: Cond = None,
     rng: Randomness | torch.Generator | int | None = None,
     grad: bool = False,
+    engine: Engine = "eager",
 ) -> Float[Tensor, "B *dims"]:
     """Run `iterate` to the end of the grid and return the samples there; the arguments are the same.
 
@@ -137,8 +148,36 @@ def sample(
     >>> sample(exact, torch.ones(2, 1), grids.uniform(Rectified(), 8), Heun()).shape
     torch.Size([2, 1])
     """
-    *_, last = iterate(denoise, x, grid, solver, cond=cond, rng=rng, grad=grad)
+    *_, last = iterate(denoise, x, grid, solver, cond=cond, rng=rng, grad=grad, engine=engine)
     return last.x
+
+
+def _drawing(rng: Randomness | torch.Generator | int) -> Draw:
+    source = as_rng(rng)
+
+    def draw(x: Tensor, span: tuple[float, float]) -> Tensor:
+        return source.normal("step", x.shape, dtype=x.dtype, device=x.device)
+
+    return draw
+
+
+def _graphs(engine: "Graphs | str", denoise: Denoise, grad: bool) -> Graphs:
+    if grad:
+        raise ValueError("no gradients flow through captured steps; use engine='eager' with grad=True.")
+    if isinstance(engine, Graphs):
+        return engine
+    if engine != "graph":
+        raise ValueError(unknown("engine", engine, ["eager", "graph"]))
+    return graphs_of(denoise)
+
+
+def _step_of(denoise: Denoise, solver: Solver, state: State, denoised: Denoised) -> Step:
+    """The step that a state is the end of."""
+    i = state.i - 1
+    t, s = map(float, state.grid.times[i : i + 2])
+    if state.done and s == 0:
+        state = replace(state, x=finished(denoise, state.x))
+    return Step(i, t, s, state.x, denoised, state, solver)
 
 
 def finished(denoise: Denoise, x: Tensor) -> Tensor:

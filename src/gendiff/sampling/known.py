@@ -105,6 +105,14 @@ class KnownDenoiser:
         eps = torch.where(weight == 0, denoised.eps, eps_of(x0, x_t.to(working_dtype(x_t)), moment.level))
         return denoised.replace(x0=x0, eps=eps)
 
+    def parts(self) -> tuple[Any, ...]:
+        """What it is made of; see `gendiff.sampling.static`."""
+        return self.known.kind, (self.denoise,), (self.known.x0, self.known.keep)
+
+    def rebuilt(self, denoisers: tuple[Denoise, ...], tensors: tuple[Tensor, ...]) -> "KnownDenoiser":
+        """The same with other tensors."""
+        return KnownDenoiser(denoisers[0], Known(*tensors, kind=self.known.kind))
+
     def finish(self, x: Float[Tensor, "B *dims"]) -> Float[Tensor, "B *dims"]:
         """A finished sample, with what is kept whole put back exactly."""
         return torch.where(self.known.keep == 1, self.known.x0.to(x), x)

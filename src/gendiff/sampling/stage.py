@@ -63,12 +63,17 @@ Plan: TypeAlias = tuple[tuple[Stage, ...], ...]  # of every step of a grid: its 
 
 
 def combined(combination: Combination, registers: Mapping[str, Tensor]) -> Tensor:
-    """The linear combination of some registers, terms in the order in which they are written.
+    """The linear combination of some registers: first x, x0, eps and noise, then what was kept, by name.
+
+    The order is one and the same wherever a step is computed, so that it is rounded alike.
 
     >>> combined({"x": 2.0, "eps": 0.0, "x0": 1.0}, {"x": torch.ones(1), "x0": torch.ones(1)})
     tensor([3.])
     """
-    terms = [(registers[name], float(factor)) for name, factor in combination.items() if factor != 0]
+    names = sorted(
+        combination, key=lambda name: (ANSWER.index(name) if name in ANSWER else len(ANSWER), name)
+    )
+    terms = [(registers[name], float(combination[name])) for name in names if combination[name] != 0]
     if not terms:
         return torch.zeros_like(registers["x"])
     (first, factor), *rest = terms
