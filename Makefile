@@ -14,7 +14,7 @@ PY := $(BIN)/python
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-kill emoji check format lint types contracts docs test-gpu mutants bench clean
+.PHONY: demo test test-kill emoji check format lint types contracts docs test-gpu mutants bench bench-gpu clean
 
 demo: $(VENV)/.installed-demo
 	$(PY) examples/digits.py $(DEMO_ARGS)
@@ -61,7 +61,10 @@ mutants: $(VENV)/.installed-dev
 	$(PY) tests/mutants.py
 
 bench: $(VENV)/.installed-dev
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
+	set -e; for name in clipping handoff order parity rng; do echo "== $$name"; $(PY) "benchmarks/$$name.py"; done
+
+bench-gpu: $(VENV)/.installed-dev  # needs a CUDA device
+	set -e; for name in step sampling full_size; do echo "== $$name"; $(PY) "benchmarks/$$name.py"; done
 
 clean:
 	rm -rf .venv dist build docs/_build docs/reference .pytest_cache .ruff_cache .hypothesis .import_linter_cache

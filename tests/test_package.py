@@ -15,7 +15,18 @@ import gendiff
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ["accelerate", "diffusers", "matplotlib", "peft", "transformers"]
-SUBMODULES = ["data", "guidance", "math", "objectives", "plot", "random", "sampling", "testing", "training"]
+SUBMODULES = [
+    "data",
+    "guidance",
+    "interop",
+    "math",
+    "objectives",
+    "plot",
+    "random",
+    "sampling",
+    "testing",
+    "training",
+]
 LOADS = ["EMA", "ParamGroup", "TrainConfig", "Trainer", "WarmupCosine", "plot", "testing", "training"]  # much
 NAMES = [
     "Codec",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for type checkers and for grep; at run time the table below says the same, lazily
     from gendiff import data as data
     from gendiff import guidance as guidance
+    from gendiff import interop as interop
     from gendiff import math as math
     from gendiff import objectives as objectives
     from gendiff import plot as plot
@@ -56,6 +57,7 @@ _HOME = {  # public name -> the module that holds it, or that it is
     "sample": "gendiff.sampling",
     "data": "gendiff.data",
     "guidance": "gendiff.guidance",
+    "interop": "gendiff.interop",
     "math": "gendiff.math",
     "objectives": "gendiff.objectives",
     "plot": "gendiff.plot",

@@ -138,3 +138,17 @@ def test_flow_in_single_precision() -> None:
     for solver in METHODS:
         eager = sample(denoiser, x, grid, solver, cond=text, rng=1)
         assert torch.equal(sample(denoiser, x, grid, solver, cond=text, rng=1, engine="graph"), eager)
+
+
+def test_a_time_on_the_device_is_looked_up_there(case) -> None:
+    guider, x, _ = case
+    t = torch.full((), 0.5, dtype=torch.float64, device="cuda")
+    expected = guider(x, t)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        answer = guider(x, t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(answer.x0, expected.x0)
+    assert torch.equal(answer.x0, guider(x, 0.5).x0)

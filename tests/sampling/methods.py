@@ -1,5 +1,41 @@
 """Solvers that tests run over: one of every kind."""
 
-from gendiff.sampling import DDIM, DDPM, Euler, Heun, Solver
+from gendiff.sampling import (
+    DDIM,
+    DDPM,
+    DEIS,
+    DPM,
+    DPM2,
+    LCM,
+    LMS,
+    PNDM,
+    DPMpp,
+    Euler,
+    EulerAncestral,
+    Exponential,
+    Heun,
+    SinglestepDPMpp,
+    Solver,
+    UniPC,
+)
 
-METHODS: tuple[Solver, ...] = (Euler(), Heun(), DDIM(0.5), DDPM())
+METHODS: tuple[Solver, ...] = (
+    Euler(),
+    Heun(),
+    DDIM(0.5),
+    DDPM(),
+    DPMpp(order=2),
+    DPMpp(order=3),
+    DPMpp(order=2, sde=True),
+    DPM(order=2),
+    SinglestepDPMpp(order=2),
+    Exponential(4),
+    DEIS(3),
+    UniPC(),
+    EulerAncestral(),
+    DPM2(),
+    Heun(churn=4.0),
+    LMS(4),
+    PNDM(),
+    LCM(),
+)

@@ -69,7 +69,7 @@ def test_a_wrong_factor_in_a_table_is_seen(solver, net, randn64, monkeypatch) ->
     from gendiff.sampling import table
 
     def bent(stack, x0, eps, rows, index):
-        table.mix_with_torch(stack, 1.001 * x0, eps, rows, index)
+        table.mix_with_torch(stack, 1.001 * x0, 1.002 * eps, rows, index)
 
     monkeypatch.setattr(table, "mixer", lambda device, outputs: bent)
     denoiser, x = Denoiser(net, BETAS, "v"), randn64(2, 3)

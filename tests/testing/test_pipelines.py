@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import gendiff.testing
-from gendiff.testing import TINY_PIPELINES, text, tiny_pipeline
+from gendiff.testing import TINY_PIPELINES, language, text, tiny_pipeline
 
 # diffusers hands a tensor to np.array in the set_timesteps of Euler and UniPC; torch's __array__ lacks `copy`
 pytestmark = pytest.mark.filterwarnings(
@@ -28,6 +28,8 @@ PROMPT, OTHER = "a red fox", "two dogs on the beach at night"
 CLASSES = {
     "sd15": ("StableDiffusionPipeline", "PNDMScheduler"),
     "sd15-inpaint": ("StableDiffusionInpaintPipeline", "DDIMScheduler"),
+    "pix2pix": ("StableDiffusionInstructPix2PixPipeline", "EulerAncestralDiscreteScheduler"),
+    "sd2": ("StableDiffusionPipeline", "DDIMScheduler"),
     "sdxl": ("StableDiffusionXLPipeline", "EulerDiscreteScheduler"),
     "sdxl-inpaint": ("StableDiffusionXLInpaintPipeline", "EulerDiscreteScheduler"),
     "sdxl-inpaint-4": ("StableDiffusionXLInpaintPipeline", "EulerDiscreteScheduler"),
@@ -35,10 +37,20 @@ CLASSES = {
     "sd3": ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"),
     "flux": ("FluxPipeline", "FlowMatchEulerDiscreteScheduler"),
     "wan": ("WanPipeline", "UniPCMultistepScheduler"),
+    "pixart": ("PixArtSigmaPipeline", "DPMSolverMultistepScheduler"),
+    "flux2": ("Flux2Pipeline", "FlowMatchEulerDiscreteScheduler"),
+    "qwen": ("QwenImagePipeline", "FlowMatchEulerDiscreteScheduler"),
+    "z-image": ("ZImagePipeline", "FlowMatchEulerDiscreteScheduler"),
+    "lumina2": ("Lumina2Pipeline", "FlowMatchEulerDiscreteScheduler"),
+    "sana": ("SanaPipeline", "DPMSolverMultistepScheduler"),
     "ddpm": ("DDPMPipeline", "DDPMScheduler"),
 }
-SD = [name for name in CLASSES if name.startswith("sd") and name != "sd3"]
+SD = [name for name in CLASSES if (name.startswith("sd") and name != "sd3") or name == "pix2pix"]
 PROMPTED = [name for name in CLASSES if name != "ddpm"]
+CHANNELS = {"sd15-inpaint": 9, "sdxl-inpaint": 9, "pix2pix": 8}
+SCALES = {"sd3": (1.5305, 0.0609), "sana": (0.41407, None)}
+SCALES |= dict.fromkeys(("flux", "z-image", "lumina2"), (0.3611, 0.1159))
+SCALES |= dict.fromkeys(("sd15", "sd15-inpaint", "pix2pix", "sd2"), (0.18215, None))
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +91,16 @@ def run(name: str, pipe: Any, prompt: str = PROMPT, **extra: Any) -> np.ndarray:
         inputs |= {"height": 16, "width": 32, "num_frames": 5}
     elif name == "sdxl-refiner":
         inputs |= {"image": picture(), "strength": 1.0}
+    elif name == "pix2pix":
+        inputs |= {"image": picture()}
     elif "inpaint" in name:
         inputs |= {"image": picture(), "mask_image": hole(), "height": 64, "width": 64}
-    elif name == "flux":
+    elif name in ("flux", "flux2", "qwen", "z-image"):
         inputs |= {"height": 64, "width": 32}
+    elif name in ("sana", "pixart"):
+        inputs |= {"height": 64, "width": 64, "use_resolution_binning": False}
+    if name == "qwen":
+        inputs |= {"negative_prompt": ""}  # without one it says that it will not guide
     result = pipe(**inputs | extra)
     return result.frames if name == "wan" else result.images
 
@@ -107,7 +125,8 @@ def calls(module: torch.nn.Module, pipe_run: Any) -> list[tuple[tuple, dict]]:
 
 @pytest.mark.parametrize("name", TINY_PIPELINES)
 def test_runs_end_to_end_and_depends_on_prompt_and_generator_alone(pipes, name):
-    shapes = {"wan": (1, 5, 16, 32, 3), "flux": (1, 64, 32, 3), "ddpm": (1, 16, 16, 3)}
+    shapes = {"wan": (1, 5, 16, 32, 3), "ddpm": (1, 16, 16, 3)}
+    shapes |= dict.fromkeys(("flux", "flux2", "qwen", "z-image"), (1, 64, 32, 3))
     first = run(name, pipes[name])
     assert first.shape == shapes.get(name, (1, 64, 64, 3))
     assert np.isfinite(first).all()
@@ -120,11 +139,11 @@ def test_runs_end_to_end_and_depends_on_prompt_and_generator_alone(pipes, name):
 
 
 def test_the_default_is_a_pil_image_of_64_pixels(pipes):
-    for name in ("sd15", "sdxl", "sd3"):
+    for name in ("sd15", "sd2", "sdxl", "sd3", "lumina2"):
         assert pipes[name](PROMPT, num_inference_steps=1).images[0].size == (64, 64)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "wan", "qwen", "sana"])
 def test_round_trips_through_a_local_folder(pipes, name, tmp_path):
     import diffusers
 
@@ -218,10 +237,11 @@ def test_stable_diffusion_has_its_noise_schedule(pipes, name):
     assert ((1 / scheduler.alphas_cumprod[-1] - 1) ** 0.5).item() == pytest.approx(14.6146, abs=1e-3)
     config = scheduler.config
     assert (config.steps_offset, config.set_alpha_to_one, config.clip_sample) == (1, False, False)
-    assert config.prediction_type == "epsilon"
-    assert config.timestep_spacing == "leading"
+    assert config.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")
+    spacing, first = ("linspace", 999) if name == "pix2pix" else ("leading", 751)
+    assert config.timestep_spacing == spacing
     scheduler.set_timesteps(4)
-    assert scheduler.timesteps.max().item() == 751
+    assert scheduler.timesteps.max().item() == first
 
 
 def test_flow_schedules_are_shifted_as_released(pipes):
@@ -247,30 +267,35 @@ def test_ddpm_has_the_schedule_of_the_paper(pipes):
     assert (scheduler.config.variance_type, scheduler.config.clip_sample) == ("fixed_large", True)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", PROMPTED)
-def test_vae_compresses_by_eight_with_the_released_statistics(pipes, name):
-    vae = pipes[name].vae
-    images = torch.zeros(1, 3, 5, 32, 64) if name == "wan" else torch.zeros(1, 3, 32, 64)
-    latents = vae.encode(images).latent_dist.mode()
-    sixteen = name in ("sd3", "flux", "wan")
-    assert tuple(latents.shape) == (1, 16 if sixteen else 4, *((2,) if name == "wan" else ()), 4, 8)
+def test_vae_compresses_with_the_released_factor_and_statistics(pipes, name):
+    vae, clips = pipes[name].vae, name in ("wan", "qwen")
+    images = torch.zeros(1, 3, 5, 32, 64) if clips else torch.zeros(1, 3, 32, 64)
+    encoded = vae.encode(images)
+    latents = encoded.latent if name == "sana" else encoded.latent_dist.mode()
+    channels = 4 if name in SD or name == "pixart" else 32 if name in ("sana", "flux2") else 16
+    sides = (1, 2) if name == "sana" else (4, 8)
+    assert tuple(latents.shape) == (1, channels, *((2,) if clips else ()), *sides)
     assert tuple(vae.decode(latents).sample.shape) == tuple(images.shape)
-    if name == "wan":
+    if clips:
         assert (vae.config.latents_mean[0], vae.config.latents_std[0]) == (-0.7571, 2.8184)
         return
-    scale, shift = {"sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}.get(name, (None, None))
-    scale = scale or (0.18215 if name.startswith("sd15") else 0.13025)
-    assert (vae.config.scaling_factor, vae.config.shift_factor) == (scale, shift)
-    assert pipes[name].vae_scale_factor == 8
-    assert (vae.quant_conv is None) == (vae.post_quant_conv is None) == sixteen
+    assert pipes[name].vae_scale_factor == (32 if name == "sana" else 8)
+    if name == "flux2":
+        assert tuple(vae.bn.running_var.shape) == (128,)
+        return
+    assert (vae.config.scaling_factor, vae.config.get("shift_factor")) == SCALES.get(name, (0.13025, None))
+    if name != "sana":
+        assert (vae.quant_conv is None) == (vae.post_quant_conv is None) == (channels == 16)
 
 
-@pytest.mark.parametrize(("name", "channels"), [(name, 9 if name.endswith("inpaint") else 4) for name in SD])
-def test_input_channels_of_the_unet(pipes, name, channels):
-    unet = pipes[name].unet
+@pytest.mark.parametrize("name", SD)
+def test_input_channels_of_the_unet(pipes, name):
+    unet, channels = pipes[name].unet, CHANNELS.get(name, 4)
     assert (unet.conv_in.in_channels, unet.conv_out.out_channels) == (channels, 4)
     (sample, *_), _ = calls(unet, lambda: run(name, pipes[name]))[0]
-    assert tuple(sample.shape) == (2, channels, 8, 8)
+    assert tuple(sample.shape) == (3 if name == "pix2pix" else 2, channels, 8, 8)
 
 
 def test_the_attention_layers_of_the_unets_are_where_the_released_ones_are(pipes):
@@ -313,6 +338,24 @@ def test_refiner_and_flux_have_what_sets_them_apart(pipes):
     assert seen[0][1]["guidance"].tolist() == [2.5]
     assert seen[0][1]["hidden_states"].shape == (1, 8, 64)
     assert seen[0][1]["encoder_hidden_states"].shape[1] == 512
+
+
+def test_a_language_model_reads_the_prompt_within_an_instruction(pipes):
+    seen = calls(pipes["flux2"].transformer, lambda: run("flux2", pipes["flux2"]))
+    assert seen[0][1]["encoder_hidden_states"].shape == (1, 512, 24)  # three layers side by side
+    seen = calls(pipes["lumina2"].transformer, lambda: run("lumina2", pipes["lumina2"]))
+    prompted, empty = (int(seen[i][1]["encoder_attention_mask"].sum()) for i in (0, 1))
+    assert seen[0][1]["encoder_hidden_states"].shape[1] == 256
+    assert empty == 1 < prompted  # which has a system prompt in front
+    given = calls(pipes["sana"].transformer, lambda: run("sana", pipes["sana"]))[0][1]
+    empty, prompted = given["encoder_attention_mask"].sum(1).tolist()
+    assert given["encoder_hidden_states"].shape[1] == 300
+    assert empty == 1 < prompted
+
+
+def test_pixart_has_learned_its_variance(pipes):
+    config = pipes["pixart"].transformer.config
+    assert (config.in_channels, config.out_channels) == (4, 8)
 
 
 # ------------------------------------------------------------------------------------------------- text
@@ -370,7 +413,7 @@ def test_t5_special_ids_and_unknown_characters(t5):
 
 
 def test_learning_a_vocabulary_gives_the_same_one_every_time():
-    for make in (text.clip_tokenizer, text.t5_tokenizer):
+    for make in (text.clip_tokenizer, text.t5_tokenizer, language.qwen_tokenizer, language.gemma_tokenizer):
         assert make().backend_tokenizer.to_str() == make().backend_tokenizer.to_str()
 
 

@@ -56,7 +56,7 @@ class TableSchedule(VariancePreserving):
         v = self._grid_units(times(t))
         knots = self._knots_on(v.device)
         j = v.floor().clamp(max=self.size - 1).long()
-        w, left, right = v - j, knots[:, j], knots[:, j + 1]
+        w, left, right = v - j, _at(knots, j), _at(knots, j + 1)
         along_log_snr = torch.lerp(left[0], right[0], w)
         along_angle = -2 * torch.lerp(left[1], right[1], w).tan().log()
         inside = torch.where(_is_open(left[0], right[0]), along_angle, along_log_snr)
@@ -67,7 +67,7 @@ class TableSchedule(VariancePreserving):
         value = levels(log_snr)
         knots = self._knots_on(value.device)
         j = (torch.searchsorted(-knots[0], -value.contiguous(), right=True) - 1).clamp(0, self.size - 1)
-        left, right = knots[:, j], knots[:, j + 1]
+        left, right = _at(knots, j), _at(knots, j + 1)
         along_log_snr = (value - left[0]) / (right[0] - left[0])
         along_angle = (_angle(value) - left[1]) / (right[1] - left[1])
         w = torch.where(_is_open(left[0], right[0]), along_angle, along_log_snr)
@@ -100,6 +100,11 @@ class TableSchedule(VariancePreserving):
         if device not in self._copies:
             self._copies[device] = self._knots.to(device)
         return self._copies[device]
+
+
+def _at(knots: Float64[Tensor, "2 knots"], j: Tensor) -> Float64[Tensor, "2 ..."]:
+    """Columns of the knots; knots[:, j] would read a scalar j from its device."""
+    return knots.index_select(1, j.reshape(-1)).reshape(2, *j.shape)
 
 
 def _is_open(left: Float64[Tensor, "..."], right: Float64[Tensor, "..."]) -> Tensor:

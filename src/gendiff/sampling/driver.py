@@ -13,10 +13,12 @@ from gendiff.condition import Condition
 from gendiff.denoiser import Cond, Denoise, Denoised
 from gendiff.math.grids import Grid
 from gendiff.random import Randomness, as_rng
+from gendiff.sampling.brownian import Brownian
 from gendiff.sampling.graphs import Graphs, graphs_of
 from gendiff.sampling.handoff import Handoff
 from gendiff.sampling.solver import Draw, Solver, State
 
+Noise = Randomness | Brownian | torch.Generator | int
 Engine = Graphs | Literal["eager", "graph"] | str
 
 
@@ -58,7 +60,7 @@ def iterate(
     solver: Solver,
     *,
     cond: Cond = None,
-    rng: Randomness | torch.Generator | int | None = None,
+    rng: Noise | None = None,
     grad: bool = False,
     engine: Engine = "eager",
 ) -> Iterator[Step]:
@@ -72,8 +74,8 @@ def iterate(
         grid: the times, on the schedule of `denoise`.
         solver: the method.
         cond: the condition given to every call.
-        rng: randomness of stochastic methods: an `Rng`, a `torch.Generator` or a seed. Step n draws the n-th
-            time from the stream "step".
+        rng: randomness of stochastic methods: an `Rng`, a `torch.Generator` or a seed, of which step n draws
+            the n-th time from the stream "step"; or a `Brownian` motion.
         grad: whether gradients flow through the steps; off by default, whatever the caller's mode.
         engine: "graph" captures a step in a CUDA graph and replays it, with the same result; the graph is
             kept as long as the denoiser, and used again for other conditions and grids. `Graphs` of your own
@@ -135,7 +137,7 @@ def sample(
     solver: Solver,
     *,
     cond: Cond = None,
-    rng: Randomness | torch.Generator | int | None = None,
+    rng: Noise | None = None,
     grad: bool = False,
     engine: Engine = "eager",
 ) -> Float[Tensor, "B *dims"]:
@@ -152,7 +154,9 @@ def sample(
     return last.x
 
 
-def _drawing(rng: Randomness | torch.Generator | int) -> Draw:
+def _drawing(rng: Noise) -> Draw:
+    if isinstance(rng, Brownian):
+        return rng.increment
     source = as_rng(rng)
 
     def draw(x: Tensor, span: tuple[float, float]) -> Tensor:

@@ -167,7 +167,8 @@ class Graphs:
     def _program(
         self, denoise: Denoise, state: State, stages: Sequence[Stage], cond: Condition
     ) -> tuple[Program, list[Tensor]]:
-        memory = sorted({name for stage in stages for name in stage.keep})
+        begun = set[str]() if state.memory is None else {*state.memory.registers}
+        memory = sorted(begun | {name for stage in stages for name in stage.keep})
         stirs = any("noise" in stage.query for stage in stages)
         tensors = [*tensors_of(denoise), *cond.values()]
         shapes = tuple((name, tuple(value.shape), value.dtype, value.device) for name, value in cond.items())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, NamedTuple, TypeAlias, final
 
 import torch
@@ -70,14 +71,20 @@ def combined(combination: Combination, registers: Mapping[str, Tensor]) -> Tenso
     >>> combined({"x": 2.0, "eps": 0.0, "x0": 1.0}, {"x": torch.ones(1), "x0": torch.ones(1)})
     tensor([3.])
     """
-    names = sorted(
-        combination, key=lambda name: (ANSWER.index(name) if name in ANSWER else len(ANSWER), name)
-    )
+    names = _ordered(tuple(combination))
     terms = [(registers[name], float(combination[name])) for name in names if combination[name] != 0]
     if not terms:
         return torch.zeros_like(registers["x"])
     (first, factor), *rest = terms
-    total = first if factor == 1 else first * factor
-    for register, factor in rest:
-        total = torch.add(total, register, alpha=factor)
+    total, own = (first, False) if factor == 1 else (first * factor, True)
+    for register, factor in rest:  # in place where nobody else has the tensor, which saves an allocation
+        add = torch.Tensor.add_ if own and total.dtype == register.dtype else torch.add
+        total, own = add(total, register, alpha=factor), True
     return total
+
+
+@cache
+def _ordered(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        sorted(names, key=lambda name: (ANSWER.index(name) if name in ANSWER else len(ANSWER), name))
+    )

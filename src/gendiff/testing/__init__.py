@@ -3,6 +3,7 @@
 Importing this package loads neither diffusers nor transformers; making a pipeline does.
 """
 
+from gendiff.testing.folders import pipeline_folder as pipeline_folder
 from gendiff.testing.pipelines import TINY_PIPELINES as TINY_PIPELINES
 from gendiff.testing.pipelines import tiny_pipeline as tiny_pipeline
 from gendiff.testing.solvers import Order as Order

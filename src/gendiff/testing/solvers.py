@@ -1,7 +1,7 @@
 """How good a solver is: its order of convergence, measured against exact flows and exact laws."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, final
 
@@ -84,6 +84,7 @@ def measure_order(
     end: float | int = 0.02,
     steps: tuple[int, ...] = (64, 128, 256, 512),
     exact_history: bool = False,
+    grid: Callable[[int], Grid] | None = None,
 ) -> Order:
     r"""Measure how fast the error of a solver falls with its step, all else being exact.
 
@@ -109,6 +110,7 @@ def measure_order(
         exact_history: whether the first 8 steps are put back on the exact path, so that what a multistep
             method remembers of them is exact: the measured order is then to be its `order`, else its
             `start_order`.
+        grid: from a number of steps to the times, in place of uniform ones from `start` to `end`.
 
     Returns:
         The `Order`.
@@ -124,7 +126,7 @@ def measure_order(
     >>> round(measure_order(Heun(), LAWS[1], Rectified(), steps=(16, 32)).order, 1)
     2.0
     """
-    grids = [uniform(schedule, n, float(start), float(end)) for n in steps]
+    grids = [uniform(schedule, n, float(start), float(end)) if grid is None else grid(n) for n in steps]
     x = oracle.marginal(*grids[0].level(0)).draw(POINTS, torch.Generator().manual_seed(0))
     if not solver.needs_noise(solver.init(x, grids[0])):
         warm = WARM_UP if exact_history else 0

@@ -70,7 +70,7 @@ def clip_tokenizer(*, pad: str = CLIP_END, max_length: int = CLIP_LENGTH) -> "tr
     symbols = [*letters, *(letter + CLIP_WORD_END for letter in letters)]
     # only the normaliser and the splitting into words of this one are used
     untrained = CLIPTokenizer(vocab={CLIP_START: 0, CLIP_END: 1}).backend_tokenizer
-    vocab, merges = _learn(untrained, symbols, CLIP_WORD_END)
+    vocab, merges = learn(untrained, symbols, CLIP_WORD_END)
     vocab |= {CLIP_START: len(vocab), CLIP_END: len(vocab) + 1}
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=max_length)
 
@@ -99,7 +99,7 @@ def t5_tokenizer(*, max_length: int = T5_LENGTH) -> "transformers.T5Tokenizer":
     untrained = Tokenizer(models.BPE())
     untrained.pre_tokenizer = T5Tokenizer().backend_tokenizer.pre_tokenizer
     # the trainer of unigram models gives other scores at every call, so pieces are learned by merging
-    vocab, _ = _learn(untrained, [*T5_SPECIAL, T5_SPACE, *letters], "")
+    vocab, _ = learn(untrained, [*T5_SPECIAL, T5_SPACE, *letters], "")
     counts = Counter(token for line in SENTENCES for token in untrained.encode(line).tokens)
     total = counts.total() + len(vocab)
     pieces = sorted(vocab, key=vocab.__getitem__)[len(T5_SPECIAL) :]
@@ -183,7 +183,7 @@ def t5_encoder(
     return transformers.T5EncoderModel(transformers.T5Config(**settings))
 
 
-def _learn(tokenizer: "Tokenizer", symbols: list[str], word_end: str) -> tuple[dict[str, int], Any]:
+def learn(tokenizer: "Tokenizer", symbols: list[str], word_end: str) -> tuple[dict[str, int], Any]:
     """Train a BPE model in place on the sentences; its vocabulary, `symbols` first, and its merges."""
     from tokenizers import models, trainers
 
