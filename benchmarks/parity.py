@@ -153,7 +153,7 @@ def ours(cell: Cell) -> tuple[list[float], list[torch.Tensor]]:
     begin = {"num_inference_steps": cell.steps} if not {"timesteps", "sigmas"} & set(cell.begin) else {}
     scheduler.set_timesteps(**begin, **cell.begin)
     scheduler.set_begin_index(cell.first)
-    exact = [move.timestep for move in scheduler._moves()]  # `timesteps` has float32
+    exact = [move.timestep for move in scheduler.run.moves()]  # `timesteps` has float32
     stamps = exact if scheduler.timesteps.is_floating_point() else scheduler.timesteps.tolist()
     return stamps, run(scheduler, stamps, cell.first, **cell.call)
 

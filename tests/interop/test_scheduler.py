@@ -185,9 +185,13 @@ def test_equal_timesteps_are_told_apart(randn64) -> None:
         results.append(loop(scheduler, x, timesteps))
         assert scheduler.step_index == 300
     assert torch.equal(*results)
-    scheduler.set_timesteps(300)
-    loop(scheduler, x, scheduler.timesteps[first + 1 :])  # the second, told by its place in memory
-    assert scheduler.step_index == 300
+    results = []
+    for told in (True, False):  # the second of the two is also told by its place in memory
+        scheduler.set_timesteps(300)
+        if told:
+            scheduler.set_begin_index(first + 1)
+        results.append(loop(scheduler, x, scheduler.timesteps[first + 1 :]))
+    assert torch.equal(*results)
     theirs = diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True)
     theirs.set_timesteps(300)
     for t in theirs.timesteps[first:-1]:
@@ -394,10 +398,10 @@ def test_timesteps_and_sigmas_given() -> None:
 def has_steps(name: str, spacing: str, steps: int) -> None:
     scheduler = made(name, timestep_spacing=spacing, clip_sample=False, steps_offset=1)
     scheduler.set_timesteps(steps)
-    moves = scheduler._moves()
+    moves = scheduler.run.moves()
     assert len(moves) == scheduler.num_inference_steps == steps
     assert all(math.isfinite(c) for move in (moves[0], moves[-1]) for c in move.x.values())
-    assert 0 <= min(scheduler._stamps) <= max(scheduler._stamps) <= 999
+    assert 0 <= min(scheduler.run.stamps) <= max(scheduler.run.stamps) <= 999
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

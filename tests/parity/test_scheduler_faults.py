@@ -39,8 +39,8 @@ def level_of(scheduler, i, timestep):
     if name in ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler"):
         table = LinearBeta(scheduler.config["beta_start"], scheduler.config["beta_end"])
         return tuple(map(float, table.level((float(timestep) + 1) / 1000)))
-    if hasattr(scheduler, "_moves"):
-        return scheduler._moves()[i].at[1:]
+    if hasattr(scheduler, "run"):
+        return scheduler.run.moves()[i].at[1:]
     sigma = float(scheduler.sigmas[i])
     if "Euler" in name or "LMS" in name or "Heun" in name:
         return 1.0, sigma

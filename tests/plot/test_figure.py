@@ -30,6 +30,9 @@ DRAW = {
     "solver_paths": lambda title: plot.solver_paths(
         DENOISE, torch.ones(2, 1), grids.uniform(Rectified(), 2), {"Euler": Euler()}, title=title
     ),
+    "solver_errors": lambda title: plot.solver_errors(
+        {"Euler": Euler()}, DENOISE.oracle, Rectified(), evaluations=(2, 4), title=title
+    ),
 }
 
 

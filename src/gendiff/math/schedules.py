@@ -36,9 +36,12 @@ class Level(NamedTuple):
     sigma: Float64[Tensor, "..."]
 
     def like(self, x: Float[Tensor, "B *dims"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) in `dtype`, shaped to multiply samples like `x`."""
+        """(alpha, sigma) in `dtype`, shaped to multiply samples like `x` that are in it.
+
+        Scalars on the host stay there: they go with a tensor on any device, and no device is waited for.
+        """
         if self.alpha.ndim == 0 and self.alpha.device.type == "cpu":
-            return self.alpha.to(dtype), self.sigma.to(dtype)  # numbers, which go with a tensor on any device
+            return self.alpha.to(dtype), self.sigma.to(dtype)
         return expand_right(self.alpha.to(dtype), x), expand_right(self.sigma.to(dtype), x)
 
 

@@ -133,8 +133,9 @@ class Integral:
 def moments(z: float, count: int) -> list[float]:
     r"""The integrals :math:`M_k = z\int_0^1 e^{z(1-v)} v^k\,dv = z\,k!\,\varphi_{k+1}(z)` for k < count.
 
-    Integration by parts, :math:`M_0 = e^z - 1,\ M_k = k M_{k-1}/z - 1`, halves the error where |z| > 2k and
-    multiplies it where |z| < k; there the series :math:`z\sum_m z^m k!/(m+k+1)!` is taken, whose terms fall.
+    Integration by parts, :math:`M_0 = e^z - 1,\ M_k = k M_{k-1}/z - 1`, halves the error where
+    :math:`|z| > 2k` and multiplies it where :math:`|z| < k`; there the series
+    :math:`z\sum_m z^m k!/(m+k+1)!` is taken, whose terms fall.
 
     References:
         Hochbruck & Ostermann 2010, *Exponential integrators*, eq. 2.10, for the functions φ.

@@ -14,13 +14,9 @@ from gendiff.denoiser import Denoise
 
 
 class Parts(NamedTuple):
-    """What a denoiser is made of.
+    """What a denoiser is made of: other denoisers, the tensors it reads, the networks it calls, and the rest.
 
-    Attributes:
-        key: all that is neither a denoiser nor a tensor; equal for two that compute the same.
-        denoisers: that it wraps.
-        tensors: that it reads.
-        networks: that it calls.
+    The key is all the rest, equal for two that compute the same of equal parts.
     """
 
     key: Hashable

@@ -8,19 +8,19 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin  # pipelines look here
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
 from torch import Tensor
 
 from gendiff._checks import working_dtype
 from gendiff.interop.diffusers.scheduler_base import ConfiguredScheduler
-from gendiff.interop.diffusers.scheduler_methods import begun_later, with_eta
-from gendiff.interop.diffusers.scheduler_moves import Move, moves_of
-from gendiff.interop.diffusers.schedules import Settings, bound_in, prediction_in
-from gendiff.interop.diffusers.table_runs import Table, table_of
+from gendiff.interop.diffusers.scheduler_moves import Move
+from gendiff.interop.diffusers.scheduler_run import Run
 from gendiff.interop.diffusers.tables import Ask
 from gendiff.math.bounds import Bound
 from gendiff.math.numeric import Number
-from gendiff.sampling import LCM, PNDM
-from gendiff.sampling.path import Path, Point
+from gendiff.sampling import LCM
+from gendiff.sampling.linear import LinearSolver
+from gendiff.sampling.path import Point
 from gendiff.sampling.stage import SAMPLE, combined
 
 
@@ -81,8 +81,8 @@ class GendiffScheduler(ConfiguredScheduler):
         super().__init__(**config)
         self._begin_index: int | None = None
         self.state = Progress()
-        self._table: Table | None = None
-        self._planned_for: tuple[int, Ask] | None = None
+        self.run: Run | None = None
+        self._planned_for: tuple[Any, Ask | None] = (None, None)
 
     def set_timesteps(
         self,
@@ -111,12 +111,12 @@ class GendiffScheduler(ConfiguredScheduler):
         given = [None if values is None else _numbers(values) for values in (timesteps, sigmas)]
         self._check(num_inference_steps, *given)
         ask = Ask(num_inference_steps, given[0], given[1], mu, original_inference_steps, strength)
-        if self._planned_for != (id(self.config), ask):  # a pipeline that changes a config replaces it
-            settings = self.settings
-            self._prepare(settings, table_of(settings, ask))
-            self._planned_for = (id(self.config), ask)
+        config, asked = self._planned_for
+        if self.run is None or config is not self.config or asked != ask:  # who changes a config replaces it
+            self.run, self._planned_for = Run(self.settings, ask, self.solver), (self.config, ask)
+            self.levels, self.num_inference_steps = self.run.levels, self.run.steps
         self._begin_index, self.state = None, Progress()
-        self.timesteps = self._issued = self._host.to(device)
+        self.timesteps = self._issued = self.run.timesteps.to(device)
 
     def _check(self, steps: int | None, timesteps: list[float] | None, sigmas: list[float] | None) -> None:
         flow = self.levels.flow
@@ -130,55 +130,11 @@ class GendiffScheduler(ConfiguredScheduler):
         if timesteps and self.levels.tabular and max(timesteps) >= len(self):
             raise ValueError(f"timesteps of this table go to {len(self) - 1}, got {max(timesteps):g}.")
 
-    def _prepare(self, settings: Settings, table: Table) -> None:
-        self.levels, self._table, self._prediction = table.levels, table, prediction_in(settings)
-        self._method = self.solver
-        if self._method == PNDM() and len(table.timesteps) == 1:
-            self._method = PNDM("euler")  # one step is one evaluation
-        self._bound: Bound | None = bound_in(settings)
-        self._splits = settings["variance_type"] in ("learned", "learned_range")
-        self._plans: dict[tuple[Number | None, int], tuple[Move, ...]] = {}
-        self.num_inference_steps = len(table.timesteps)
-        stamps = [move.timestep for move in self._moves()]
-        whole = table.levels.row.integer and all(stamp.is_integer() for stamp in stamps)
-        self._host = torch.tensor(stamps, dtype=torch.int64 if whole else torch.float32)
-        self._stamps: list[float] = self._host.tolist()
-        self._points = self.points
-
-    def _moves(self, eta: Number | None = None, origin: int = 0) -> tuple[Move, ...]:
-        """The moves of the run; with a memory that begins at the evaluation `origin`."""
-        if (eta, origin) not in self._plans:
-            self._plans[eta, origin] = self._planned(eta, origin)
-        return self._plans[eta, origin]
-
-    def _planned(self, eta: Number | None, origin: int) -> tuple[Move, ...]:
-        assert self._table is not None
-        solver, path = with_eta(self._method, eta), self._table.path
-        if not origin:
-            return moves_of(solver.plan(path), self.levels, self._prediction)
-        whole = self._moves(eta)
-        if not whole[origin].remembers:
-            return whole
-        end = len(whole)
-        if getattr(solver, "blocks", False):  # what is left of a block is a shorter one
-            forgets = (i for i in range(origin + 1, end) if not whole[i].remembers)
-            end = next(forgets, end)
-        points = path.points[sum(move.first for move in whole[:origin]) :]
-        points = points[: 1 + sum(move.first for move in whole[origin:end])]
-        rest = begun_later(solver, path.steps).plan(Path(points, path.between))
-        moves = (*whole[:origin], *moves_of(rest, self.levels, self._prediction), *whole[end:])
-        if len(moves) != len(whole):
-            raise ValueError(
-                f"{solver!r} has more evaluations in its first steps, and cannot begin within them: begin at "
-                f"the first evaluation, or after these."
-            )
-        return moves
-
     @property
     def points(self) -> tuple[Point, ...]:
-        if self._table is None:
+        if self.run is None:
             return tuple(self.levels.point(0, value) for value in self.levels.ratios[::-1].tolist())
-        return (*(move.at for move in self._moves()), self._table.path.points[-1])
+        return self.run.points
 
     def _begun(self) -> int | None:
         if self.state.index is not None and self._begin_index is not None:
@@ -201,17 +157,11 @@ class GendiffScheduler(ConfiguredScheduler):
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Any = None) -> int:
         """The first evaluation at a timestep that begins a step; reads the timestep from its device."""
-        stamps = self._stamps if schedule_timesteps is None else _numbers(schedule_timesteps)
-        matches = [i for i, stamp in enumerate(stamps) if stamp == float(timestep)]
-        if not matches:
-            raise ValueError(
-                f"{float(timestep):g} is none of the {len(stamps)} timesteps of this run, which go from "
-                f"{stamps[0]:g} to {stamps[-1]:g}; pass those of scheduler.timesteps."
-            )
-        moves = self._moves()
-        return next((i for i in matches if len(moves) != len(stamps) or moves[i].first), matches[0])
+        if schedule_timesteps is None:
+            return self._ready().index_of(float(timestep))
+        return _numbers(schedule_timesteps).index(float(timestep))
 
-    def _seen(self, timestep: Any, expected: int | None) -> int:
+    def _seen(self, run: Run, timestep: Any, expected: int | None) -> int:
         """The evaluation that a timestep stands for, where that can be told without waiting for a device."""
         if isinstance(timestep, Tensor):
             if timestep.ndim == 0 and _storage(timestep) == _storage(self._issued):
@@ -220,47 +170,40 @@ class GendiffScheduler(ConfiguredScheduler):
                 return expected
             timestep = timestep.flatten()[0]
         value = float(timestep)
-        if expected is not None and expected < len(self._stamps) and self._stamps[expected] == value:
+        if expected is not None and expected < len(run.stamps) and run.stamps[expected] == value:
             return expected
-        return self.index_for_timestep(value)
+        return run.index_of(value)
 
-    def _locate(self, timestep: Any) -> int:
+    def _locate(self, run: Run, timestep: Any) -> int:
         """The evaluation that is due; where a caller jumps to another, the memory is left behind."""
-        if self._table is None:
-            self._unset()
         expected = self.state.index if self.state.index is not None else self._begin_index
-        index = self._seen(timestep, expected)
-        if index == self.state.index and index < len(self._stamps):
-            return index
-        if not 0 <= index < len(self._stamps):
-            raise ValueError(
-                f"this run has {len(self._stamps)} evaluations, and number {index} is asked for; "
-                f"set_timesteps begins another."
-            )
-        moves = self._moves()
-        middle = not moves[index].first
-        if middle and (index + 1 == len(moves) or moves[index + 1].at != moves[index].at):
-            raise ValueError(
-                f"evaluation {index} is the middle of a step of {self._method!r}, which needs its beginning; "
-                f"begin at a multiple of scheduler.order = {self.order}."
-            )
-        self.state = Progress(index, origin=index + middle, idle=middle)
+        index = self._seen(run, timestep, expected)
+        if index != self.state.index or index >= len(run.stamps):
+            idle = run.begun_at(index)
+            self.state = Progress(index, origin=index + idle, idle=idle)
         return index
 
-    def _unset(self) -> None:
-        if self.levels.coordinates != "ve" and self.settings.name != "DDPMScheduler":
-            raise ValueError("call set_timesteps before step, to say how many steps there are.")
-        if self.levels.tabular:  # those of theirs go through the whole table without being told
-            self.set_timesteps(timesteps=list(range(len(self) - 1, -1, -1)))
-        else:
-            self.set_timesteps(len(self))
+    def _ready(self) -> Run:
+        """The run; where theirs go through the whole table without being told, that."""
+        if self.run is None:
+            if self.levels.coordinates != "ve" and self.settings.name != "DDPMScheduler":
+                raise ValueError("call set_timesteps before step, to say how many steps there are.")
+            if self.levels.tabular:
+                self.set_timesteps(timesteps=list(range(len(self) - 1, -1, -1)))
+            else:
+                self.set_timesteps(len(self))
+        assert self.run is not None
+        return self.run
 
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+    def scale_model_input(
+        self, sample: Float[Tensor, "B *dims"], timestep: Any = None
+    ) -> Float[Tensor, "B *dims"]:
         """What the network is to be given for a sample: scaled to the level it was trained at."""
-        if self._table is None and self.levels.coordinates != "ve":
+        if self.run is None and self.levels.coordinates != "ve":
             return sample
-        index = self._locate(timestep)
-        move = self._moves(origin=self.state.origin)[index]
+        run = self._ready()
+        index = self._locate(run, timestep)
+        move = run.moves(origin=self.state.origin)[index]
         if move.stirred:
             noise = randn_tensor(sample.shape, self.generator, sample.device, sample.dtype)
             self.state = replace(self.state, noise=noise)
@@ -269,14 +212,14 @@ class GendiffScheduler(ConfiguredScheduler):
 
     def step(
         self,
-        model_output: Tensor,
+        model_output: Float[Tensor, "B *out"],
         timestep: Any,
-        sample: Tensor,
+        sample: Float[Tensor, "B *dims"],
         eta: Number | None = None,
         *,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        variance_noise: Tensor | None = None,
-        noise: Tensor | None = None,
+        variance_noise: Float[Tensor, "B *dims"] | None = None,
+        noise: Float[Tensor, "B *dims"] | None = None,
         use_clipped_model_output: bool | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -297,19 +240,20 @@ class GendiffScheduler(ConfiguredScheduler):
         Returns:
             `prev_sample` and `pred_original_sample`.
         """
-        index = self._locate(timestep)
-        move, row = self._moves(eta, self.state.origin)[index], self.levels.row
+        run = self._ready()
+        index = self._locate(run, timestep)
+        move, row = run.moves(eta, self.state.origin)[index], run.levels.row
         x = sample.to(working_dtype(sample))
-        out, channels = self._split(model_output, x)
+        out, channels = _split(model_output, x, run.learned_variance)
         registers = {"x": x, "out": out.to(x.dtype), **self.state.registers}
         if move.noisy and not self.state.idle:
-            drawn = self._noise(move, x, out, generator, noise, variance_noise)
+            drawn = self._noise(run, move, x, out, generator, noise, variance_noise)
             spread = move.stage.spread
             registers["noise"] = drawn if spread is None else drawn * spread.deviation(channels)
-        if self._bound is None:
+        if run.bound is None:
             target, kept = move.x, move.keep
         else:
-            self._bind(move, registers, use_clipped_model_output)
+            _bind(run.bound, move, registers, use_clipped_model_output)
             target, kept = move.stage.x, move.stage.keep
         if self.state.idle:
             target, kept = SAMPLE, {}
@@ -319,50 +263,52 @@ class GendiffScheduler(ConfiguredScheduler):
         new = new.to(out.dtype if row.like_output else torch.promote_types(sample.dtype, out.dtype))
         if not row.answers and not return_dict:
             return (new,)
-        answer = self._answer(move, self._points[index + 1], registers).to(new.dtype)
+        answer = _answer(run.method, move, run.points[index + 1], registers).to(new.dtype)
         if not return_dict:
             return (new, answer)
         return GendiffSchedulerOutput(prev_sample=new, pred_original_sample=answer)
 
-    def _answer(self, move: Move, s: Point, registers: Mapping[str, Tensor]) -> Tensor:
-        """The x0 of an evaluation; of a consistency model what its function says."""
-        if isinstance(self._method, LCM):
-            parts = {name: factor / s.alpha for name, factor in move.stage.x.items() if name != "noise"}
-            pair = registers if "x0" in registers else {**registers, "x0": combined(move.x0, registers)}
-            return combined(parts, pair)
-        return registers["x0"] if "x0" in registers else combined(move.x0, registers)
-
-    def _split(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output and its variance channels, where it has them."""
-        if not self._splits or model_output.shape == x.shape:
-            return model_output, model_output
-        return model_output[:, : x.shape[1]], model_output[:, x.shape[1] :]
-
-    def _noise(self, move: Move, x: Tensor, out: Tensor, *sources: Any) -> Tensor:
+    def _noise(self, run: Run, move: Move, x: Tensor, out: Tensor, *sources: Any) -> Tensor:
         """The noise of an evaluation: given, drawn, or what was added before it."""
         if self.state.noise is not None:
             return self.state.noise
         if move.stirred:
             raise ValueError(
-                f"{self._method!r} adds noise to what the network sees: call scale_model_input first."
+                f"{run.method!r} adds noise to what the network sees: call scale_model_input first."
             )
         given = [source for source in sources if source is not None]
         if len(given) > 1:
             raise ValueError("the noise of a step is given by one of generator, noise and variance_noise.")
         if given and isinstance(given[0], Tensor):
             return given[0]
-        dtype = x.dtype if self.levels.row.wide_noise else out.dtype
+        dtype = x.dtype if run.levels.row.wide_noise else out.dtype
         return randn_tensor(tuple(x.shape), given[0] if given else None, x.device, dtype)
 
-    def _bind(self, move: Move, registers: dict[str, Tensor], clipped: bool | None) -> None:
-        """The pair with a bounded x0 and the eps that goes with it."""
-        assert self._bound is not None
-        registers["x0"] = self._bound(combined(move.x0, registers))
-        if clipped is False or not move.at.sigma:
-            registers["eps"] = combined(move.eps, registers)
-            return
-        query, (_, alpha, sigma) = combined(move.stage.query, registers), move.at
-        registers["eps"] = combined({"query": 1 / sigma, "x0": -alpha / sigma}, {**registers, "query": query})
+
+def _answer(method: LinearSolver, move: Move, s: Point, registers: Mapping[str, Tensor]) -> Tensor:
+    """The x0 of an evaluation; of a consistency model what its function says."""
+    if isinstance(method, LCM):
+        parts = {name: factor / s.alpha for name, factor in move.stage.x.items() if name != "noise"}
+        pair = registers if "x0" in registers else {**registers, "x0": combined(move.x0, registers)}
+        return combined(parts, pair)
+    return registers["x0"] if "x0" in registers else combined(move.x0, registers)
+
+
+def _split(model_output: Tensor, x: Tensor, learned: bool) -> tuple[Tensor, Tensor]:
+    """The output and its variance channels, where it has them."""
+    if not learned or model_output.shape == x.shape:
+        return model_output, model_output
+    return model_output[:, : x.shape[1]], model_output[:, x.shape[1] :]
+
+
+def _bind(bound: Bound, move: Move, registers: dict[str, Tensor], clipped: bool | None) -> None:
+    """The pair with a bounded x0 and the eps that goes with it."""
+    registers["x0"] = bound(combined(move.x0, registers))
+    if clipped is False or not move.at.sigma:
+        registers["eps"] = combined(move.eps, registers)
+        return
+    query, (_, alpha, sigma) = combined(move.stage.query, registers), move.at
+    registers["eps"] = combined({"query": 1 / sigma, "x0": -alpha / sigma}, {**registers, "query": query})
 
 
 def _storage(x: Tensor) -> int:

@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import (
     KarrasDiffusionSchedulers,
     SchedulerMixin,
 )
+from jaxtyping import Float
 from torch import Tensor
 
 from gendiff._checks import expand_right, unknown, working_dtype
@@ -113,7 +114,7 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def sigmas(self) -> Tensor:
-        """Levels of the evaluations and of the end: sigma/alpha, for a flow sigma; float32, on the host."""
+        """Levels of the evaluations and of the end, as sigma/alpha, of a flow sigma; float32, on the host."""
         flow, inverted = self.levels.coordinates == "flow", self.levels.inverted
         values = [(p.alpha if inverted else p.sigma) if flow else p.ratio for p in self.points]
         return torch.tensor(values, dtype=torch.float64).float()
@@ -129,7 +130,9 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         leading = self.settings["timestep_spacing"] == "leading"
         return (noisiest**2 + 1) ** 0.5 if leading else noisiest
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(
+        self, original_samples: Float[Tensor, "B *dims"], noise: Float[Tensor, "B *dims"], timesteps: Tensor
+    ) -> Float[Tensor, "B *dims"]:
         """Noise data to the levels of timesteps: alpha·x0 + sigma·eps, in the coordinates of the samples.
 
         Args:
@@ -143,12 +146,16 @@ class ConfiguredScheduler(SchedulerMixin, ConfigMixin):
         noised = alpha.to(dtype) * original_samples.to(dtype) + sigma.to(dtype) * noise.to(dtype)
         return noised.to(original_samples.dtype)
 
-    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+    def scale_noise(
+        self, sample: Float[Tensor, "B *dims"], timestep: Any, noise: Float[Tensor, "B *dims"]
+    ) -> Float[Tensor, "B *dims"]:
         """`add_noise` as the pipelines of flows call it."""
         timesteps = torch.as_tensor(timestep).reshape(-1)
         return self.add_noise(sample, noise, timesteps)
 
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def get_velocity(
+        self, sample: Float[Tensor, "B *dims"], noise: Float[Tensor, "B *dims"], timesteps: Tensor
+    ) -> Float[Tensor, "B *dims"]:
         """The target of v-prediction, alpha·eps - sigma·x0, at a table's variance-preserving levels."""
         values = self._of_table(timesteps, sample)
         dtype = working_dtype(sample)

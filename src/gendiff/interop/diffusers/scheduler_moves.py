@@ -29,7 +29,6 @@ class Move:
         keep: the memory after it, likewise.
         x0: the answer, of `x`, `out` and `noise`.
         eps: likewise.
-        stirred: whether the network is to be given noise added to the sample.
     """
 
     stage: Stage

@@ -82,7 +82,7 @@ class Settings:
 
     @property
     def continuous(self) -> bool:
-        """Whether the network is given log(sigma)/4 in place of timesteps: EDM, Stable Video Diffusion."""
+        """Whether the network is given log(sigma)/4 in place of timesteps, as EDM's."""
         v = self["prediction_type"] == "v_prediction"
         return self.edm or (self["timestep_type"] == "continuous" and v)
 

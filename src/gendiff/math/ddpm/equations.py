@@ -172,8 +172,9 @@ def q_sample(
     tensor([[0.5000, 0.5000]])
     """
     same_shape(x0=x0, eps=eps)
-    alpha, sigma = level_of(alpha_bar, log=log).like(x0, working_dtype(x0, eps))
-    return alpha * x0 + sigma * eps
+    dtype = working_dtype(x0, eps)
+    alpha, sigma = level_of(alpha_bar, log=log).like(x0, dtype)
+    return alpha * x0.to(dtype) + sigma * eps.to(dtype)
 
 
 def predict_x0(

@@ -77,9 +77,10 @@ def prior_term(
     >>> prior_term(torch.zeros(1, 4), 0.0)
     tensor([0.])
     """
-    alpha, sigma = level_of(alpha_bar_T, log=log).like(x0, working_dtype(x0))
+    x0 = x0.to(working_dtype(x0))
+    alpha, sigma = level_of(alpha_bar_T, log=log).like(x0, x0.dtype)
     zero = torch.zeros_like(x0)
-    return _bits(normal_kl(alpha * x0, 2 * sigma.log().expand_as(x0), zero, zero))
+    return _bits(normal_kl(alpha * x0, zero + 2 * sigma.log(), zero, zero))
 
 
 def vlb_term(
