@@ -46,6 +46,7 @@ def main(folder: str, batch: str, length: str) -> None:
                 }
             )
         )
+    accelerator.wait_for_everyone()  # else a process may tear down what the other still talks to
     accelerator.end_training()
 
 

@@ -71,7 +71,7 @@ def combined(combination: Combination, registers: Mapping[str, Tensor]) -> Tenso
     >>> combined({"x": 2.0, "eps": 0.0, "x0": 1.0}, {"x": torch.ones(1), "x0": torch.ones(1)})
     tensor([3.])
     """
-    names = _ordered(tuple(combination))
+    names = ordered(tuple(combination))
     terms = [(registers[name], float(combination[name])) for name in names if combination[name] != 0]
     if not terms:
         return torch.zeros_like(registers["x"])
@@ -84,7 +84,8 @@ def combined(combination: Combination, registers: Mapping[str, Tensor]) -> Tenso
 
 
 @cache
-def _ordered(names: tuple[str, ...]) -> tuple[str, ...]:
+def ordered(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Registers in the order in which their terms are added."""
     return tuple(
         sorted(names, key=lambda name: (ANSWER.index(name) if name in ANSWER else len(ANSWER), name))
     )

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -15,6 +15,8 @@ from gendiff.math.schedules import Level, Moment, Schedule
 from gendiff.sampling.stage import ANSWER, Stage
 
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Kernel = Callable[[Sequence[Tensor], Tensor, int], Tensor]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,25 +128,29 @@ def mixer(device: torch.device, outputs: int) -> Mix:
     """The Triton kernel where it can run, else plain torch, which needs some dozen kernels a step."""
     if device.type != "cuda":
         return mix_with_torch
-    try:
+
+    def make() -> Mix:
         from gendiff.sampling._mix_triton import MOST, mix
 
-        if outputs > MOST:
-            return mix_with_torch
         probe = torch.zeros(4, 1, device=device)
-        mix(
-            probe,
-            probe[1],
-            probe[2],
-            torch.zeros(1, 1, 4, device=device),
-            probe.new_zeros((), dtype=torch.int64),
-        )
+        rows, index = torch.zeros(1, 1, 4, device=device), probe.new_zeros((), dtype=torch.int64)
+        mix(probe, probe[1], probe[2], rows, index)
+        return mix if outputs <= MOST else mix_with_torch
+
+    return (
+        tried(make, f"captured steps on {device} take some dozen kernels in place of one") or mix_with_torch
+    )
+
+
+def tried(make: Callable[[], Made], instead: str) -> Made | None:
+    """What `make` makes, or None and a warning that says what is done instead, and why."""
+    try:
+        return make()
     except Exception as error:
+        # Whatever stops Triton (absent, no C compiler, an old GPU), the numbers are the same without it.
         warnings.warn(
-            f"captured steps use plain torch on {device} in place of one Triton kernel, which is not usable "
-            f"here: {type(error).__name__}: {error}",
+            f"{instead}, because the Triton kernel is not usable here: {type(error).__name__}: {error}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-        return mix_with_torch
-    return mix
+        return None

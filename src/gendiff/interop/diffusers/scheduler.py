@@ -250,23 +250,42 @@ class GendiffScheduler(ConfiguredScheduler):
             drawn = self._noise(run, move, x, out, generator, noise, variance_noise)
             spread = move.stage.spread
             registers["noise"] = drawn if spread is None else drawn * spread.deviation(channels)
-        if run.bound is None:
-            target, kept = move.x, move.keep
-        else:
-            _bind(run.bound, move, registers, use_clipped_model_output)
-            target, kept = move.stage.x, move.stage.keep
-        if self.state.idle:
-            target, kept = SAMPLE, {}
-        new = combined(target, registers)
-        memory = {name: combined(part, registers) for name, part in kept.items()}
+        new, memory, answer = self._moved(run, move, index, registers, eta, use_clipped_model_output)
         self.state = Progress(index + 1, memory, origin=self.state.origin)
         new = new.to(out.dtype if row.like_output else torch.promote_types(sample.dtype, out.dtype))
         if not row.answers and not return_dict:
             return (new,)
-        answer = _answer(run.method, move, run.points[index + 1], registers).to(new.dtype)
+        if answer is None:
+            answer = _answer(run.method, move, run.points[index + 1], registers)
         if not return_dict:
-            return (new, answer)
-        return GendiffSchedulerOutput(prev_sample=new, pred_original_sample=answer)
+            return (new, answer.to(new.dtype))
+        return GendiffSchedulerOutput(prev_sample=new, pred_original_sample=answer.to(new.dtype))
+
+    def _moved(
+        self,
+        run: Run,
+        move: Move,
+        index: int,
+        registers: dict[str, Tensor],
+        eta: Number | None,
+        clipped: bool | None,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The sample, the memory and, where one kernel computes all, the answer."""
+        plain = run.bound is None and not self.state.idle and not isinstance(run.method, LCM)
+        if plain and registers["x"].is_cuda:
+            fused = run.fused(registers["x"], eta, self.state.origin)
+            if fused is not None and fused[0].fits(registers):
+                (new, *kept, answer), names = fused[0](index, registers), fused[1]
+                memory = {name: value for name, value in zip(names, kept, strict=True) if name in move.keep}
+                return new, memory, answer
+        target, keep = move.x, move.keep
+        if run.bound is not None:
+            _bind(run.bound, move, registers, clipped)
+            target, keep = move.stage.x, move.stage.keep
+        if self.state.idle:
+            target, keep = SAMPLE, {}
+        memory = {name: combined(part, registers) for name, part in keep.items()}
+        return combined(target, registers), memory, None
 
     def _noise(self, run: Run, move: Move, x: Tensor, out: Tensor, *sources: Any) -> Tensor:
         """The noise of an evaluation: given, drawn, or what was added before it."""
