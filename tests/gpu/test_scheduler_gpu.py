@@ -6,6 +6,7 @@ import torch
 
 from gendiff.interop.diffusers import GendiffScheduler
 from gendiff.sampling.fused import Fused
+from gendiff.sampling.stage import combined
 
 pytestmark = pytest.mark.gpu
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -57,11 +58,14 @@ def test_no_step_waits_and_one_kernel_is_several(name, dtype, monkeypatch) -> No
         assert torch.equal(one, several)
 
 
-def test_registers_at_odd_addresses_are_read() -> None:
-    rows = [[{"x": 0.3, "out": 0.5}, {"x": 1.0}]]
-    wide = torch.randn(2, 1 + 4 * 16 * 16, device="cuda")
-    aligned, odd = ({"x": part[0], "out": part[1]} for part in (wide[:, :-1].contiguous(), wide[:, 1:]))
-    for registers in (aligned, odd, aligned):
-        one, same = Fused(rows, wide)(0, registers)
-        assert torch.equal(one, torch.add(registers["x"] * 0.3, registers["out"], alpha=0.5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_registers_that_lie_anywhere_are_read(dtype) -> None:
+    rows = [[{"x": 0.3, "out": 0.5, "m": -0.2}, {"x": 1.0}]]
+    wide = torch.randn(3, 1 + 4 * 16 * 16, device="cuda", dtype=dtype)
+    fused = Fused(rows)
+    for part in (wide[:, :-1].contiguous(), wide[:, 1:], wide.T[:-1].T):
+        registers = dict(zip(("x", "out", "m"), part, strict=True))
+        one, same = fused(0, registers)
+        assert fused.fits(registers)
+        assert torch.equal(one, combined(rows[0][0], registers))
         assert torch.equal(same, registers["x"])

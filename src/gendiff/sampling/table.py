@@ -15,7 +15,6 @@ from gendiff.math.schedules import Level, Moment, Schedule
 from gendiff.sampling.stage import ANSWER, Stage
 
 Mix = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-Kernel = Callable[[Sequence[Tensor], Tensor, int], Tensor]
 Made = TypeVar("Made")
 
 
@@ -147,9 +146,9 @@ def tried(make: Callable[[], Made], instead: str) -> Made | None:
     try:
         return make()
     except Exception as error:
-        # Whatever stops Triton (absent, no C compiler, an old GPU), the numbers are the same without it.
+        # Whatever stops a compiler (absent, an old GPU), the numbers are the same without it.
         warnings.warn(
-            f"{instead}, because the Triton kernel is not usable here: {type(error).__name__}: {error}",
+            f"{instead}, because the kernel is not usable here: {type(error).__name__}: {error}",
             RuntimeWarning,
             stacklevel=3,
         )

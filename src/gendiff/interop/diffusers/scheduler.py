@@ -273,9 +273,9 @@ class GendiffScheduler(ConfiguredScheduler):
         """The sample, the memory and, where one kernel computes all, the answer."""
         plain = run.bound is None and not self.state.idle and not isinstance(run.method, LCM)
         if plain and registers["x"].is_cuda:
-            fused = run.fused(registers["x"], eta, self.state.origin)
-            if fused is not None and fused[0].fits(registers):
-                (new, *kept, answer), names = fused[0](index, registers), fused[1]
+            fused, names = run.fused(eta, self.state.origin)
+            if fused.fits(registers):
+                new, *kept, answer = fused(index, registers)
                 memory = {name: value for name, value in zip(names, kept, strict=True) if name in move.keep}
                 return new, memory, answer
         target, keep = move.x, move.keep

@@ -1,9 +1,8 @@
 """What set_timesteps works out: the moves of a run, and where each of its timesteps is among them."""
 
-from typing import Any, final
+from typing import final
 
 import torch
-from torch import Tensor
 
 from gendiff.interop.diffusers.scheduler_methods import begun_later, with_eta
 from gendiff.interop.diffusers.scheduler_moves import Move, moves_of
@@ -16,8 +15,6 @@ from gendiff.sampling import PNDM
 from gendiff.sampling.fused import Fused
 from gendiff.sampling.linear import LinearSolver
 from gendiff.sampling.path import Path
-
-MANY = 5  # kernels of a step, from which on one of Triton takes less time
 
 
 @final
@@ -39,7 +36,7 @@ class Run:
         self.bound: Bound | None = bound_in(settings)
         self.learned_variance = settings["variance_type"] in ("learned", "learned_range")
         self._plans: dict[tuple[Number | None, int], tuple[Move, ...]] = {}
-        self._fused: dict[Any, tuple[Fused, tuple[str, ...]] | None] = {}
+        self._fused: dict[tuple[Number | None, int], tuple[Fused, tuple[str, ...]]] = {}
         moves = self.moves()
         self.points = (*(move.at for move in moves), self.path.points[-1])
         stamps = [move.timestep for move in moves]
@@ -53,21 +50,14 @@ class Run:
             self._plans[eta, origin] = self._planned(eta, origin)
         return self._plans[eta, origin]
 
-    def fused(
-        self, x: Tensor, eta: Number | None = None, origin: int = 0
-    ) -> "tuple[Fused, tuple[str, ...]] | None":
-        """All that an evaluation computes as one table: the sample, the memory (its names) and the answer.
-
-        None where that would save nothing: a few kernels of torch are launched sooner than one of Triton.
-        """
-        key = eta, origin, x.device, x.dtype
+    def fused(self, eta: Number | None = None, origin: int = 0) -> tuple[Fused, tuple[str, ...]]:
+        """All that an evaluation computes: the sample, the memory (its names) and the answer."""
+        key = eta, origin
         if key not in self._fused:
             moves = self.moves(eta, origin)
             names = tuple(sorted({name for move in moves for name in move.keep}))
             rows = [[m.x, *(m.keep.get(name, {}) for name in names), m.x0] for m in moves]
-            parts = [[m.x, *m.keep.values(), *[m.x0] * self.levels.row.answers] for m in moves]
-            many = max(sum(map(len, part)) for part in parts) >= MANY
-            self._fused[key] = (Fused(rows, x), names) if many else None
+            self._fused[key] = Fused(rows), names
         return self._fused[key]
 
     def index_of(self, timestep: float) -> int:
