@@ -41,8 +41,9 @@ def paint(base: Any, refiner: Any, photo: Tensor, hole: Tensor, prompt: str, ste
     known, solver, run = Known(x0, keep), DPMpp(order=2), engine(device)
     high, low = split(grid_of(base, steps), at=0.2)
     x = Rng(seed, device=device).normal("start", tuple(x0.shape))
-    *_, last = iterate(known(guided(base, prompt, **facts)), x, high, solver, engine=run)
-    final = sample(known(guided(refiner, prompt, **facts)), last.handoff, low, solver, engine=run)
+    for step in iterate(known(guided(base, prompt, **facts)), x, high, solver, engine=run):
+        handoff = step.handoff
+    final = sample(known(guided(refiner, prompt, **facts)), handoff, low, solver, engine=run)
     assert torch.equal(final * keep, x0 * keep), "what is kept is not the photo's"
     return torch.where(hole > 0, codec.decode(final).float(), photo)
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_a_copied_state_is_a_copied_run(solver, randn64) -> None:
     assert torch.equal(own_loop(solver, state, rng).x, expected)
     assert torch.equal(own_loop(solver, twin, twin_rng).x, expected)
     assert (twin.i, twin.grid) == (state.i, state.grid)
+
+
+def test_a_run_keeps_no_step_but_the_last(randn64) -> None:
+    alive = []
+
+    def network(x, timestep, cond):
+        alive.append(weakref.ref(out := 0.5 * x))
+        assert sum(one() is not None for one in alive) <= 3
+        return out
+
+    sample(Denoiser(network, BETAS, "epsilon"), randn64(3, 2), grids.trailing(BETAS, 9), Euler())
+    assert len(alive) == 9
 
 
 @SOLVERS

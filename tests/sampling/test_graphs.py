@@ -97,6 +97,19 @@ def test_one_program_serves_other_prompts_grids_and_solvers(net, randn64) -> Non
     assert not engine.programs
 
 
+def test_two_runs_at_once_are_refused(net, randn64) -> None:
+    guider, engine, x = guided(Denoiser(net, BETAS, "v")), Graphs(capture=False), randn64(2, 3)
+    first = iterate(guider, x, GRID, Euler(), engine=engine)
+    next(first)
+    expected = sample(guider, x, GRID, Euler())
+    torch.testing.assert_close(sample(guider, x, GRID, Euler(), engine=engine), expected)
+    with pytest.raises(RuntimeError, match=r"another run .* began before this one ended"):
+        next(first)
+    runs = (iterate(guider, x, GRID, Euler(), engine=Graphs(capture=False)) for _ in range(2))
+    for one, two in zip(*runs, strict=True):
+        assert torch.equal(one.x, two.x)
+
+
 def test_scales_that_are_tensors_are_given_anew(net, randn64) -> None:
     denoiser, engine, x = Denoiser(net, BETAS, "v"), Graphs(capture=False), randn64(2, 3)
     for scale in (torch.tensor([1.5, 2.5]), torch.tensor([0.5, 7.5])):

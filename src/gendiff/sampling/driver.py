@@ -150,8 +150,10 @@ def sample(
     >>> sample(exact, torch.ones(2, 1), grids.uniform(Rectified(), 8), Heun()).shape
     torch.Size([2, 1])
     """
-    *_, last = iterate(denoise, x, grid, solver, cond=cond, rng=rng, grad=grad, engine=engine)
-    return last.x
+    ends = x.x_t if isinstance(x, Handoff) else x
+    for step in iterate(denoise, x, grid, solver, cond=cond, rng=rng, grad=grad, engine=engine):
+        ends = step.x  # the step itself is let go: a list of them would keep every answer
+    return ends
 
 
 def _drawing(rng: Noise) -> Draw:

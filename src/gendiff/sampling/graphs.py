@@ -48,6 +48,7 @@ class Program:
         self.tensors = [tensor.clone() for tensor in tensors]
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
+        self.run: object = None  # whose registers these are
 
     def load(self, state: State, stages: Sequence[Stage], tensors: Sequence[Tensor]) -> None:
         """Take the samples, the memory, the rows and the conditions of a run."""
@@ -150,10 +151,16 @@ class Graphs:
         program, tensors = self._program(denoise, state, stages, cond)
         with torch.no_grad():
             program.load(state, stages, tensors)
+        program.run = mark = object()
         mine = iter(program.tensors)
         inner = rebuilt(denoise, mine)
         inside = Condition(dict(zip(cond, mine, strict=True)))
         for i, step in enumerate(steps, start=state.i):
+            if program.run is not mark:
+                raise RuntimeError(
+                    "another run of the same captured step began before this one ended, and has its "
+                    "registers: run one after the other, or give each its own engine=Graphs()."
+                )
             with torch.no_grad():
                 for stage in step:
                     if stage.noisy:
