@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, TypeAlias, final
 
 from gendiff.sampling.exponential import (
     Integral,
+    Predict,
     check_choice,
     check_order,
     lowered,
@@ -19,9 +20,36 @@ SolverType: TypeAlias = Literal["midpoint", "heun"]
 RULES: dict[str, Literal["exact", "midpoint"]] = {"midpoint": "midpoint", "heun": "exact"}
 
 
+@dataclass(frozen=True)
+class Multistep(LinearSolver):
+    """What DPM-Solver and DPM-Solver++ share: the fields, which `DPMpp` describes, and the plan; they say `predict`."""
+
+    predict: ClassVar[Predict]
+    order: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]
+    solver: SolverType = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    sde: bool = False
+    evaluations: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_order(self, self.order, 3)
+        check_choice("solver", self.solver, SolverType)
+
+    @property
+    def start_order(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """At most 2, since the first step is of order 1."""
+        return min(self.order, 2)
+
+    @final
+    def plan(self, path: Path) -> Plan:
+        orders = lowered(rising(path.steps, self.order), self.lower_order_final, self.euler_at_final)
+        return multistep(path, Integral(self.predict, self.sde), orders, RULES[self.solver])
+
+
 @final
 @dataclass(frozen=True)
-class DPMpp(LinearSolver):
+class DPMpp(Multistep):
     r"""DPM-Solver++ multistep: the data prediction is a polynomial in λ through the last answers.
 
     .. math:: x_s = \frac{\sigma_s}{\sigma_t} x_t + \alpha_s(1 - e^{-h})
@@ -53,29 +81,12 @@ class DPMpp(LinearSolver):
     (2, 2, 1)
     """
 
-    order: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]
-    solver: SolverType = "midpoint"
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    sde: bool = False
-    evaluations: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        check_order(self, self.order, 3)
-        check_choice("solver", self.solver, SolverType)
-
-    @property
-    def start_order(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """At most 2, since the first step is of order 1."""
-        return min(self.order, 2)
-
-    def plan(self, path: Path) -> Plan:
-        return _plan(path, Integral("x0", self.sde), self)
+    predict: ClassVar[Predict] = "x0"
 
 
 @final
 @dataclass(frozen=True)
-class DPM(LinearSolver):
+class DPM(Multistep):
     r"""DPM-Solver multistep: the noise prediction is a polynomial in λ through the last answers.
 
     .. math:: x_s = \frac{\alpha_s}{\alpha_t} x_t - \sigma_s(e^{h} - 1)
@@ -96,26 +107,4 @@ class DPM(LinearSolver):
     ValueError: the order of DPM is 1 to 3, got 4; Exponential has any order.
     """
 
-    order: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]
-    solver: SolverType = "midpoint"
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    sde: bool = False
-    evaluations: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        check_order(self, self.order, 3)
-        check_choice("solver", self.solver, SolverType)
-
-    @property
-    def start_order(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """At most 2, since the first step is of order 1."""
-        return min(self.order, 2)
-
-    def plan(self, path: Path) -> Plan:
-        return _plan(path, Integral("eps", self.sde), self)
-
-
-def _plan(path: Path, integral: Integral, solver: DPMpp | DPM) -> Plan:
-    orders = lowered(rising(path.steps, solver.order), solver.lower_order_final, solver.euler_at_final)
-    return multistep(path, integral, orders, RULES[solver.solver])
+    predict: ClassVar[Predict] = "eps"

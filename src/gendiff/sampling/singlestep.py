@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import final
+from typing import ClassVar, final
 
 from gendiff.sampling.dpm import RULES, SolverType
-from gendiff.sampling.exponential import Integral, Rule, added, check_choice, check_order
+from gendiff.sampling.exponential import Integral, Predict, Rule, added, check_choice, check_order
 from gendiff.sampling.linear import LinearSolver
 from gendiff.sampling.path import Path, Point
 from gendiff.sampling.stage import Combination, Plan, Stage
@@ -15,9 +15,39 @@ from gendiff.sampling.stage import Combination, Plan, Stage
 BASE = "_base"  # registers of the answer that a block of evaluations starts from
 
 
+@dataclass(frozen=True)
+class Singlestep(LinearSolver):
+    """What the singlestep methods share: the fields, which `SinglestepDPMpp` describes, and the plan; they say `predict`."""
+
+    predict: ClassVar[Predict]
+    order: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]
+    solver: SolverType = "midpoint"
+    blocks: bool = False
+    lower_order_final: bool = True
+    sde: bool = False
+
+    def __post_init__(self) -> None:
+        check_order(self, self.order, 3)
+        check_choice("solver", self.solver, SolverType)
+
+    @property
+    def start_order(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The order; 2 at most of the law, and where blocks end in a step of order 1."""
+        return min(self.order, 2) if self.sde or (self.blocks and self.lower_order_final) else self.order
+
+    @property
+    def evaluations(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The order, or one where blocks are of steps of the grid."""
+        return 1 if self.blocks else self.order
+
+    @final
+    def plan(self, path: Path) -> Plan:
+        return _plan(path, Integral(self.predict, self.sde), self)
+
+
 @final
 @dataclass(frozen=True)
-class SinglestepDPMpp(LinearSolver):
+class SinglestepDPMpp(Singlestep):
     r"""DPM-Solver++ singlestep: `order` evaluations in every step, at equal distances in λ.
 
     .. math:: u = \frac{\sigma_m}{\sigma_t} x_t + \alpha_m(1 - e^{-h/2})\,x_0(x_t), \qquad
@@ -50,33 +80,12 @@ class SinglestepDPMpp(LinearSolver):
     (3, 1)
     """
 
-    order: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]
-    solver: SolverType = "midpoint"
-    blocks: bool = False
-    lower_order_final: bool = True
-    sde: bool = False
-
-    def __post_init__(self) -> None:
-        check_order(self, self.order, 3)
-        check_choice("solver", self.solver, SolverType)
-
-    @property
-    def start_order(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The order; 2 at most of the law, and where blocks end in a step of order 1."""
-        return min(self.order, 2) if self.sde or (self.blocks and self.lower_order_final) else self.order
-
-    @property
-    def evaluations(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The order, or one where blocks are of steps of the grid."""
-        return 1 if self.blocks else self.order
-
-    def plan(self, path: Path) -> Plan:
-        return _plan(path, Integral("x0", self.sde), self)
+    predict: ClassVar[Predict] = "x0"
 
 
 @final
 @dataclass(frozen=True)
-class SinglestepDPM(LinearSolver):
+class SinglestepDPM(Singlestep):
     r"""DPM-Solver singlestep, DPM-Solver-1, -2 and -3: `order` evaluations in every step.
 
     .. math:: u = \frac{\alpha_m}{\alpha_t} x_t - \sigma_m(e^{h/2} - 1)\,\epsilon(x_t), \qquad
@@ -94,28 +103,7 @@ class SinglestepDPM(LinearSolver):
     (2, 2)
     """
 
-    order: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]
-    solver: SolverType = "midpoint"
-    blocks: bool = False
-    lower_order_final: bool = True
-    sde: bool = False
-
-    def __post_init__(self) -> None:
-        check_order(self, self.order, 3)
-        check_choice("solver", self.solver, SolverType)
-
-    @property
-    def start_order(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The order; 2 at most of the law, and where blocks end in a step of order 1."""
-        return min(self.order, 2) if self.sde or (self.blocks and self.lower_order_final) else self.order
-
-    @property
-    def evaluations(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The order, or one where blocks are of steps of the grid."""
-        return 1 if self.blocks else self.order
-
-    def plan(self, path: Path) -> Plan:
-        return _plan(path, Integral("eps", self.sde), self)
+    predict: ClassVar[Predict] = "eps"
 
 
 def sizes(steps: int, order: int, lower_order_final: bool, to_data: bool) -> list[int]:
@@ -139,7 +127,7 @@ def sizes(steps: int, order: int, lower_order_final: bool, to_data: bool) -> lis
     return result
 
 
-def _plan(path: Path, integral: Integral, solver: SinglestepDPMpp | SinglestepDPM) -> Plan:
+def _plan(path: Path, integral: Integral, solver: Singlestep) -> Plan:
     rule = RULES[solver.solver]
     if not solver.blocks:
         steps = ((t, *_inner(path, t, s, solver.order), s) for t, s in pairwise(path.points))
