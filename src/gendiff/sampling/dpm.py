@@ -22,7 +22,10 @@ RULES: dict[str, Literal["exact", "midpoint"]] = {"midpoint": "midpoint", "heun"
 
 @dataclass(frozen=True)
 class Multistep(LinearSolver):
-    """What DPM-Solver and DPM-Solver++ share: the fields, which `DPMpp` describes, and the plan; they say `predict`."""
+    """What DPM-Solver and DPM-Solver++ share: the fields, which `DPMpp` describes, and the plan.
+
+    They say what the polynomial in λ goes through, `predict`.
+    """
 
     predict: ClassVar[Predict]
     order: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]

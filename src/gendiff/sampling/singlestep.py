@@ -17,7 +17,10 @@ BASE = "_base"  # registers of the answer that a block of evaluations starts fro
 
 @dataclass(frozen=True)
 class Singlestep(LinearSolver):
-    """What the singlestep methods share: the fields, which `SinglestepDPMpp` describes, and the plan; they say `predict`."""
+    """What the singlestep methods share: the fields, which `SinglestepDPMpp` describes, and the plan.
+
+    They say what the polynomial in λ goes through, `predict`.
+    """
 
     predict: ClassVar[Predict]
     order: int = 2  # pyright: ignore[reportIncompatibleVariableOverride]
