@@ -301,7 +301,10 @@ class GendiffScheduler(ConfiguredScheduler):
         if given and isinstance(given[0], Tensor):
             return given[0]
         dtype = x.dtype if run.levels.row.wide_noise else out.dtype
-        return randn_tensor(tuple(x.shape), given[0] if given else None, x.device, dtype)
+        source = given[0] if given else None
+        if source is None or (isinstance(source, torch.Generator) and source.device == x.device):
+            return torch.randn(x.shape, generator=source, device=x.device, dtype=dtype)  # the same, sooner
+        return randn_tensor(tuple(x.shape), source, x.device, dtype)
 
 
 def _answer(method: LinearSolver, move: Move, s: Point, registers: Mapping[str, Tensor]) -> Tensor:
