@@ -108,6 +108,15 @@ def test_what_is_remembered_belongs_to_its_solver_and_its_grid(randn64) -> None:
         assert torch.equal(cold, alone)
 
 
+@pytest.mark.parametrize("solver", [m for m in METHODS if not getattr(m, "churn", 0)], ids=repr)
+def test_a_part_of_a_grid_without_a_handoff_is_a_cold_start(solver, randn64) -> None:
+    """Nothing is remembered there. (Churn, left out, counts the steps of the whole.)"""
+    _, low = split(GRID, at=0.5)
+    x = randn64(3, 2)
+    alone = sample(EXACT, x, replace(low, before=()), solver, rng=1)
+    torch.testing.assert_close(sample(EXACT, x, low, solver, rng=1), alone, rtol=1e-12, atol=1e-12)
+
+
 def test_a_handoff_says_where_it_stands(randn64) -> None:
     x = randn64(3, 2)
     high, low = split(GRID, at=0.5)

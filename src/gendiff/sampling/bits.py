@@ -24,7 +24,7 @@ from gendiff.math.grids import Grid
 from gendiff.math.numeric import Number
 from gendiff.random import Randomness, as_rng
 from gendiff.sampling.divergence import Source
-from gendiff.sampling.likelihood import check_schedule
+from gendiff.sampling.solver import check_schedule
 
 LOG2 = math.log(2)
 

@@ -16,7 +16,7 @@ from gendiff.random import Randomness, as_rng
 from gendiff.sampling.brownian import Brownian
 from gendiff.sampling.graphs import Graphs, graphs_of
 from gendiff.sampling.handoff import Handoff
-from gendiff.sampling.solver import Draw, Solver, State
+from gendiff.sampling.solver import Draw, Solver, State, check_schedule
 
 Noise = Randomness | Brownian | torch.Generator | int
 Engine = Graphs | Literal["eager", "graph"] | str
@@ -94,11 +94,7 @@ def iterate(
     ((0.25, 0.0), tensor([[3.0000]], dtype=torch.float64))
     """
     positive_batch(x.x_t if isinstance(x, Handoff) else x, "x")
-    if grid.schedule != denoise.schedule:
-        raise ValueError(
-            f"the grid is on {grid.schedule!r} but the denoiser was made for {denoise.schedule!r}; "
-            f"make the grid with schedule=denoise.schedule."
-        )
+    check_schedule(denoise, grid)
     state = x.begin(grid, solver) if isinstance(x, Handoff) else solver.init(x, grid)
     draw = None if rng is None else _drawing(rng)
     if engine == "eager":

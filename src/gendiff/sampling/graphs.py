@@ -142,7 +142,7 @@ class Graphs:
             raise TypeError(f"only linear solvers are captured, got {solver!r}; use engine='eager'.")
         if self.capture and state.x.device.type != "cuda":
             raise ValueError(f"graphs need a CUDA device, and x is on {state.x.device}; use engine='eager'.")
-        steps = solver.prepare(state.grid)[1][state.i :]
+        steps = solver.plan_of(state)[state.i :]
         stages = [stage for step in steps for stage in step]
         if any(stage.spread for stage in stages):
             raise ValueError(

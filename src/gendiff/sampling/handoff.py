@@ -10,7 +10,7 @@ from torch import Tensor
 from gendiff.math.grids import Grid
 from gendiff.math.numeric import numbers
 from gendiff.math.schedules import Schedule
-from gendiff.sampling.linear import Memory
+from gendiff.sampling.linear import LinearSolver, Memory
 from gendiff.sampling.solver import Solver, State
 
 
@@ -127,4 +127,5 @@ class Handoff:
                 f"{solver!r} on {which} grid; make both grids with split(grid, at=...) and keep the "
                 f"solver, or start anew with handoff.cold()."
             )
-        return replace(state, memory=self.solver_state)
+        plan = solver.continued(grid) if isinstance(solver, LinearSolver) else state.plan
+        return replace(state, memory=self.solver_state, plan=plan)

@@ -10,7 +10,7 @@ from gendiff.math.grids import Grid
 from gendiff.sampling.linear import LinearSolver
 from gendiff.sampling.onestep import DDIM
 from gendiff.sampling.path import Path, Point
-from gendiff.sampling.solver import Solver, State
+from gendiff.sampling.solver import Solver, State, check_schedule
 from gendiff.sampling.stage import Plan, Stage
 
 
@@ -62,11 +62,7 @@ def invert(
     solver = DDIM() if solver is None else solver
     if not isinstance(solver, LinearSolver):
         raise TypeError(f"a LinearSolver can be run up a grid, such as DDIM() or Heun(); got {solver!r}.")
-    if grid.schedule != denoise.schedule:
-        raise ValueError(
-            f"the grid is on {grid.schedule!r} but the denoiser was made for {denoise.schedule!r}; make the "
-            f"grid with schedule=denoise.schedule."
-        )
+    check_schedule(denoise, grid)
     plan = rising(solver, Path.of(Grid(grid.schedule, grid.times)))
     carry = None
 

@@ -30,6 +30,7 @@ from gendiff.math.grids import Grid
 from gendiff.math.numeric import Number, numbers
 from gendiff.math.schedules import Schedule
 from gendiff.sampling.divergence import Divergence, Hutchinson, Source
+from gendiff.sampling.solver import check_schedule
 
 Method = Literal["heun", "rk4"]
 
@@ -228,15 +229,6 @@ def _step(
         v, products = field(y + c * h * v, node)
         moved, change = moved + weight * h * v, change + weight * h * products
     return moved, change
-
-
-def check_schedule(denoise: Denoise, grid: Grid) -> None:
-    """Raise a ValueError unless the grid is on the schedule of the denoiser."""
-    if grid.schedule != denoise.schedule:
-        raise ValueError(
-            f"the grid is on {grid.schedule!r} but the denoiser was made for {denoise.schedule!r}; make the "
-            f"grid with schedule=denoise.schedule."
-        )
 
 
 def _check_ends(grid: Grid) -> None:

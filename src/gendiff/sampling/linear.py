@@ -11,7 +11,7 @@ from gendiff.denoiser import Denoised
 from gendiff.math.grids import Grid
 from gendiff.sampling.path import Path
 from gendiff.sampling.solver import Query, Solver, State, moment_at, required
-from gendiff.sampling.stage import Plan, Stage, combined
+from gendiff.sampling.stage import ANSWER, Plan, Stage, combined
 
 
 @final
@@ -41,16 +41,29 @@ class LinearSolver(Solver):
 
     @final
     def prepare(self, grid: Grid) -> tuple[Solver, Plan]:
+        plan = self.continued(grid)
+        if _remembers(plan[1][0][0]):  # nothing is: a part of a grid is then a grid of its own
+            return self.continued(replace(grid, before=()))
+        return plan
+
+    @final
+    def continued(self, grid: Grid) -> tuple[Solver, Plan]:
+        """The plan of a part of a grid, for one who has the memory of the steps before it."""
         first = len(grid.before)
         return self, self.plan(Path.of(grid))[first : first + grid.steps]
 
     @final
     def step_of(self, state: State) -> tuple[Stage, ...]:
         """The evaluations of the current step."""
+        return self.plan_of(state)[state.i]
+
+    @final
+    def plan_of(self, state: State) -> Plan:
+        """The evaluations of all steps of a state's grid."""
         whose, plan = state.plan or (None, ())
         if whose != self:  # a state that another solver began
             _, plan = self.prepare(state.grid)
-        return plan[state.i]
+        return plan
 
     @final
     def stage(self, state: State) -> Stage:
@@ -95,6 +108,10 @@ class LinearSolver(Solver):
     @final
     def span(self, state: State) -> tuple[float, float]:
         return self.stage(state).span or super().span(state)
+
+
+def _remembers(stage: Stage) -> bool:
+    return any(name not in ANSWER for part in (stage.x, stage.query, *stage.keep.values()) for name in part)
 
 
 def _channels(denoised: Denoised, solver: Solver) -> Tensor:

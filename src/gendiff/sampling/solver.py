@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from gendiff._checks import working_dtype
-from gendiff.denoiser import Denoised
+from gendiff.denoiser import Denoise, Denoised
 from gendiff.math.grids import Grid
 from gendiff.math.schedules import Level
 
@@ -173,6 +173,10 @@ def moment_at(t: float) -> Float64[Tensor, ""]:
     return torch.tensor(t, dtype=torch.float64)
 
 
-def scalars(*values: Tensor) -> list[float]:
-    """Float64 coefficients as numbers, which multiply a tensor on any device without a copy to it."""
-    return [float(value) for value in values]
+def check_schedule(denoise: Denoise, grid: Grid) -> None:
+    """Raise a ValueError unless the grid is on the schedule of the denoiser."""
+    if grid.schedule != denoise.schedule:
+        raise ValueError(
+            f"the grid is on {grid.schedule!r} but the denoiser was made for {denoise.schedule!r}; make the "
+            f"grid with schedule=denoise.schedule."
+        )
