@@ -9,6 +9,7 @@ from gendiff.denoiser import Denoiser, OracleDenoiser
 from gendiff.math import GaussianOracle, LinearBeta, Rectified, VarianceExploding, grids
 from gendiff.random import Rng
 from gendiff.sampling import DDIM, DDPM, Euler, Heun, iterate, sample, split
+from gendiff.sampling.linear import Memory
 from tests.sampling.methods import METHODS
 
 BETAS = LinearBeta()
@@ -154,3 +155,18 @@ def test_networks_of_both_stages_are_called_at_their_times(randn64) -> None:
     sample(stage("refiner"), last.handoff, low, Euler())
     assert [name for name, _ in calls] == ["base"] * 4 + ["refiner"] * 3
     assert [t for _, t in calls] == BETAS.timestep(GRID.t[:-1]).tolist()
+
+
+def test_what_is_remembered_scales_as_its_name_says(randn64) -> None:
+    """Registers whose names begin with x_ are samples, and are converted as x is; answers are not."""
+    other, x = VarianceExploding(0.005, 200.0), randn64(3, 2)
+    handoff = first_stage(x, split(GRID, at=0.5)[0], Euler()).handoff
+    kept = Memory(0, {"x_first": x, "x0_1": x, "eps_1": x})
+    there = replace(handoff, solver_state=kept).to(other)
+    factor = float(other.alpha(there.t) / BETAS.alpha(handoff.t))
+    assert abs(factor - 1) > 0.01
+    registers = there.solver_state.registers
+    torch.testing.assert_close(registers["x_first"], factor * x)
+    torch.testing.assert_close(there.x_t, factor * handoff.x_t)
+    assert torch.equal(registers["x0_1"], x)
+    assert torch.equal(registers["eps_1"], x)
