@@ -3,7 +3,7 @@
 Run: python benchmarks/order.py [--only LMS Heun] [--steps 96 192] [--start 0.6] [--end 0.15]
 
 A figure is the finest slope of log error over log step. From a cold start it is to be `start_order` or more,
-and after the bar, from exact history (8 steps on the exact path before the first), `order` or more, within
+and after the bar, from exact history (8 steps before that lie on the exact path), `order` or more, within
 0.15; if one falls short, the exit status is 1. Of a stochastic method it is the order of the law. Pairs of
 order 5 get a sixteenth of the steps, since their error soon is rounding. The first time is below t = 1: at
 alpha = 0 methods that interpolate in sigma/alpha, or in its logarithm, have order 2 at most, and churn has no
@@ -13,11 +13,9 @@ room above. LCM, and TCD with noise, are no integrators; that they keep exact la
 import argparse
 import sys
 import time
-from dataclasses import replace
 
 import torch
 
-from gendiff.denoiser import OracleDenoiser
 from gendiff.math import GaussianOracle, Schedule
 from gendiff.math.grids import uniform
 from gendiff.sampling import (
@@ -41,7 +39,7 @@ from gendiff.sampling import (
     Solver,
     UniPC,
 )
-from gendiff.testing.solvers import LAWS, POINTS, SCHEDULES, WARM_UP, Oracle, Order, measure_order
+from gendiff.testing.solvers import LAWS, SCHEDULES, Oracle, measure_order
 
 ALLOWED = 0.15
 HUGE = 1e9  # a tolerance at which an adaptive pair accepts every step of the grid
@@ -80,26 +78,6 @@ SOLVERS: tuple[Solver, ...] = (
 )
 
 
-def warm_order(
-    solver: Solver, law: Oracle, schedule: Schedule, start: float, end: float, steps: tuple[int, ...]
-) -> Order:
-    """The order over [end, start] of a method that remembers up to eight exact steps before."""
-    errors: list[float] = []
-    for n in steps:
-        length = (start - end) / n
-        past = min(WARM_UP, int((1 - start) / length))
-        grid = uniform(schedule, n + past, start + past * length, end)
-        x = law.marginal(*grid.level(0)).draw(POINTS, torch.Generator().manual_seed(0))
-        state, denoise = solver.init(x, grid), OracleDenoiser(law, schedule)
-        while not state.done:
-            state, _ = solver.step(state, denoise)
-            if state.i <= past:
-                state = replace(state, x=law.flow(x, *grid.level(0), *grid.level(state.i)))
-        exact = law.flow(x, *grid.level(0), *grid.level(grid.steps))
-        errors.append(float((state.x - exact).square().mean().sqrt()))
-    return Order(steps, tuple(errors))
-
-
 def stochastic(solver: Solver, start: float, end: float) -> bool:
     """Whether a solver draws noise, on a grid as it is measured on."""
     state = solver.init(torch.zeros(1, 1, dtype=torch.float64), uniform(SCHEDULES[0], 4, start, end))
@@ -115,7 +93,8 @@ def measured(
     cold = measure_order(solver, law, schedule, start=start, end=end, steps=steps).slopes[-1]
     text, holds = f"{cold:.2f}", cold >= solver.start_order - ALLOWED
     if not stochastic(solver, start, end):
-        warm = warm_order(solver, law, schedule, start, end, steps).slopes[-1]
+        exact = measure_order(solver, law, schedule, start=start, end=end, steps=steps, exact_history=True)
+        warm = exact.slopes[-1]
         text, holds = f"{text} | {warm:.2f}", holds and warm >= solver.order - ALLOWED
     return text + (" " if holds else "!"), holds
 

@@ -18,8 +18,9 @@ from gendiff.sampling.solver import Solver
 Oracle: TypeAlias = GaussianOracle | MixtureOracle
 
 TOLERANCE = 0.15
+START = 0.8  # where the check of a solver begins
 POINTS = 16  # samples that a deterministic method is judged by
-WARM_UP = 8  # steps that are put back on the exact path, more than any published multistep method remembers
+PAST = 8  # steps on the exact path before the first one measured, more than any published method remembers
 
 LAWS: tuple[Oracle, ...] = (
     GaussianOracle.isotropic(torch.tensor([0.4]), 1.6),
@@ -107,16 +108,18 @@ def measure_order(
         start: time the run starts at, in (0, 1].
         end: time it ends at, in (0, start); at 0 many methods take a last step of another kind.
         steps: numbers of steps, at least two.
-        exact_history: whether the first 8 steps are put back on the exact path, so that what a multistep
-            method remembers of them is exact: the measured order is then to be its `order`, else its
-            `start_order`.
-        grid: from a number of steps to the times, in place of uniform ones from `start` to `end`.
+        exact_history: whether the method comes to `start` along the exact path, by up to 8 steps of the same
+            length that lie before it, so that all it remembers is exact: the measured order is then to be
+            its `order`, else its `start_order`. Needs a `start` below 1 with room for `order` - 1 steps.
+        grid: from a number of steps to the times, in place of uniform ones from `start` to `end`; not with
+            `exact_history`.
 
     Returns:
         The `Order`.
 
     Raises:
-        ValueError: for a stochastic method on a law that is not Gaussian, or with `exact_history`.
+        ValueError: for a stochastic method on a law that is not Gaussian, or with `exact_history`; for an
+            exact history without room before `start`.
 
     References:
         Hairer, Nørsett & Wanner 1993, *Solving ordinary differential equations I*, section II.3, for the
@@ -126,11 +129,24 @@ def measure_order(
     >>> round(measure_order(Heun(), LAWS[1], Rectified(), steps=(16, 32)).order, 1)
     2.0
     """
-    grids = [uniform(schedule, n, float(start), float(end)) if grid is None else grid(n) for n in steps]
+    first, last = float(start), float(end)
+    grids = [uniform(schedule, n, first, last) if grid is None else grid(n) for n in steps]
     x = oracle.marginal(*grids[0].level(0)).draw(POINTS, torch.Generator().manual_seed(0))
     if not solver.needs_noise(solver.init(x, grids[0])):
-        warm = WARM_UP if exact_history else 0
-        return Order(steps, tuple(_distance_to_flow(solver, oracle, grid, x, warm) for grid in grids))
+        if not exact_history:
+            return Order(steps, tuple(_distance_to_flow(solver, oracle, grid, x) for grid in grids))
+        if grid is not None:
+            raise ValueError(
+                "an exact history is made for uniform times: give exact_history or grid, not both."
+            )
+        pasts = [_past(solver, n, first, last) for n in steps]
+        return Order(
+            steps,
+            tuple(
+                _distance_to_flow(solver, oracle, uniform(schedule, n + past, start_of_past, last), x, past)
+                for n, (past, start_of_past) in zip(steps, pasts, strict=True)
+            ),
+        )
     if not isinstance(oracle, GaussianOracle) or exact_history:
         raise ValueError(
             f"{solver!r} draws noise, so its law is measured, which is exact from a cold start on a "
@@ -149,9 +165,10 @@ def check_solver(
     """Raise an AssertionError with a table unless the measured orders of a solver are the declared ones.
 
     The cases are three laws (a Gaussian, an anisotropic one in two dimensions, a mixture) on three schedules
-    (a table of betas, the straight path, variance exploding). `start_order` is measured from a cold start,
-    and `order` from exact history where the method remembers anything. Both must be within 0.15. A stochastic
-    method is measured by its law, on the two Gaussians, from a cold start.
+    (a table of betas, the straight path, variance exploding), over times from 0.8, where there is data in the
+    samples and room for a past, to 0.02. `start_order` is measured from a cold start, and `order` from exact
+    history where the method remembers anything. Both must be within 0.15. A stochastic method is measured by
+    its law, on the two Gaussians, from a cold start.
 
     Args:
         solver: an instance of your own `Solver`.
@@ -170,7 +187,12 @@ def check_solver(
         for schedule in schedules:
             for kind, declared in _kinds(solver, oracle, schedule).items():
                 measured = measure_order(
-                    solver, oracle, schedule, steps=steps, exact_history=kind == "from exact history"
+                    solver,
+                    oracle,
+                    schedule,
+                    start=START,
+                    steps=steps,
+                    exact_history=kind == "from exact history",
                 )
                 name = f"{type(oracle).__name__}({oracle.size}) {type(schedule).__name__} {kind}"
                 rows.append((name, declared, measured))
@@ -188,7 +210,7 @@ def check_solver(
 
 def _kinds(solver: Solver, oracle: Oracle, schedule: Schedule) -> dict[str, int]:
     """What there is to measure on a law, with what the solver declares for it."""
-    grid = uniform(schedule, 4, 1.0, 0.02)
+    grid = uniform(schedule, 4, START, 0.02)
     state = solver.init(torch.zeros(1, oracle.size, dtype=torch.float64), grid)
     if solver.needs_noise(state):
         return {"cold": solver.start_order} if isinstance(oracle, GaussianOracle) else {}
@@ -197,15 +219,34 @@ def _kinds(solver: Solver, oracle: Oracle, schedule: Schedule) -> dict[str, int]
     return {"cold": solver.start_order} | ({"from exact history": solver.order} if remembers else {})
 
 
-def _distance_to_flow(solver: Solver, oracle: Oracle, grid: Grid, x: Tensor, warm: int) -> float:
-    """Root mean square distance between a run from x and the exact flow of x."""
-    denoise, state = OracleDenoiser(oracle, grid.schedule), solver.init(x, grid)
+def _past(solver: Solver, steps: int, start: float, end: float) -> tuple[int, float]:
+    """How many steps of the same length fit between t = 1 and `start`, and where the first of them begins."""
+    length = (start - end) / steps
+    past = min(PAST, int((1.0 - start) / length + 1e-9))
+    if past < solver.order - 1:
+        raise ValueError(
+            f"{solver!r} has order {solver.order} from {solver.order - 1} exact steps before, and before "
+            f"start={start} there is room for {past} of length {length:.3g}: give a smaller start, or more "
+            f"steps than {steps}."
+        )
+    return past, start + past * length
+
+
+def _distance_to_flow(solver: Solver, oracle: Oracle, grid: Grid, x: Tensor, past: int = 0) -> float:
+    """Root mean square distance between a run and the exact flow, at the last time of a grid.
+
+    Both pass through x after `past` steps; until then the run is put back on the exact flow after each step.
+    """
+
+    def flow(i: int) -> Tensor:
+        return oracle.flow(x, *grid.level(past), *grid.level(i))
+
+    denoise, state = OracleDenoiser(oracle, grid.schedule), solver.init(flow(0), grid)
     while not state.done:
         state, _ = solver.step(state, denoise)
-        if state.i <= warm:
-            state = replace(state, x=oracle.flow(x, *grid.level(0), *grid.level(state.i)))
-    exact = oracle.flow(x, *grid.level(0), *grid.level(grid.steps))
-    return float((state.x - exact).square().mean().sqrt())
+        if state.i <= past:
+            state = replace(state, x=flow(state.i))
+    return float((state.x - flow(grid.steps)).square().mean().sqrt())
 
 
 def _distance_to_marginal(solver: Solver, oracle: GaussianOracle, grid: Grid) -> float:

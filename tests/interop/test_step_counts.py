@@ -1,0 +1,73 @@
+"""Any number of steps from 1 to T, of every class with its spacings and sigma schedules: no NaN, no error."""
+
+import inspect
+import math
+
+import diffusers
+import pytest
+
+from gendiff.interop.diffusers.scheduler import GendiffScheduler
+from gendiff.interop.diffusers.tables import ROWS
+
+SIZE = 1000
+FEW = (1, 2, 3, 4, 5, 7, 15, 61, 999, 1000)
+SIGMAS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "use_flow_sigmas",
+)
+FIXED = {"clip_sample": False, "steps_offset": 1}
+
+
+def kinds(name):
+    """The settings of the class that lay out its timesteps, one of each choice."""
+    taken = inspect.signature(getattr(diffusers, name).__init__).parameters
+    fixed = {key: value for key, value in FIXED.items() if key in taken}
+    spacings = ("leading", "trailing", "linspace") if "timestep_spacing" in taken else (None,)
+    if ROWS[name].spacing == "consistency":  # which has one way to choose timesteps
+        spacings = (None,)
+    for spacing in spacings:
+        yield fixed | ({"timestep_spacing": spacing} if spacing else {})
+    for sigmas in SIGMAS:
+        if sigmas in taken:
+            prediction = {"prediction_type": "flow_prediction"} if sigmas == "use_flow_sigmas" else {}
+            yield fixed | {sigmas: True} | prediction
+
+
+CASES = [
+    pytest.param(name, settings, id="-".join([name.removesuffix("Scheduler"), *map(str, settings.values())]))
+    for name in ROWS
+    for settings in kinds(name)
+]
+
+
+def has_steps(scheduler: GendiffScheduler, steps: int) -> None:
+    """As many steps as asked for, one timestep an evaluation, all in the table, all coefficients finite."""
+    scheduler.set_timesteps(steps)
+    moves, stamps = scheduler.run.moves(), scheduler.run.stamps
+    assert scheduler.num_inference_steps == steps == sum(move.first for move in moves)
+    assert len(moves) == len(stamps)
+    for move in moves:
+        for part in (move.x, move.x0, move.eps, *move.keep.values()):
+            assert math.isfinite(math.fsum(part.values())), f"{move} at {steps} steps"
+    if not scheduler.run.levels.edm:  # whose timesteps are logarithms
+        assert 0 <= min(stamps) <= max(stamps) <= SIZE
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_numbers_of_steps(name, settings) -> None:
+    """Also at 61, where theirs has 62 of trailing."""
+    scheduler = GendiffScheduler.from_config({"_class_name": name, **settings})
+    for steps in FEW:
+        has_steps(scheduler, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_every_number_of_steps(name, settings) -> None:
+    """About a minute a case."""
+    scheduler = GendiffScheduler.from_config({"_class_name": name, **settings})
+    for steps in range(1, SIZE + 1):
+        has_steps(scheduler, steps)
