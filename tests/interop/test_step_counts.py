@@ -4,13 +4,16 @@ import inspect
 import math
 
 import diffusers
+import numpy as np
 import pytest
 
 from gendiff.interop.diffusers.scheduler import GendiffScheduler
-from gendiff.interop.diffusers.tables import ROWS
+from gendiff.interop.diffusers.table_runs import table_of
+from gendiff.interop.diffusers.tables import ROWS, Ask
 
 SIZE = 1000
 FEW = (1, 2, 3, 4, 5, 7, 15, 61, 999, 1000)
+PLANNED = {*range(1, 65), *range(67, 1000, 59), *range(990, SIZE + 1)}  # whose every coefficient is looked at
 SIGMAS = (
     "use_karras_sigmas",
     "use_exponential_sigmas",
@@ -67,7 +70,12 @@ def test_numbers_of_steps(name, settings) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_every_number_of_steps(name, settings) -> None:
-    """About a minute a case."""
+    """A table for each number; every coefficient for the first 64, the last 11 and each 59th between."""
     scheduler = GendiffScheduler.from_config({"_class_name": name, **settings})
     for steps in range(1, SIZE + 1):
-        has_steps(scheduler, steps)
+        table = table_of(scheduler.settings, Ask(steps=steps))
+        assert len(table.timesteps) == len(table.values) - 1 == steps
+        assert np.isfinite(table.timesteps).all()
+        assert np.isfinite(table.values[1:]).all()
+        if steps in PLANNED:
+            has_steps(scheduler, steps)

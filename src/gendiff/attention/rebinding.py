@@ -1,0 +1,145 @@
+"""A processor's class with another kernel: same code, same state, but its attention goes where we say.
+
+Processors of diffusers compute attention by one of two functions, which they know as global names of their
+module. A copy of the method with other globals calls ours in their place; the module, and with it every other
+model of the process, keeps its own. The copy has no module name, so that torch.compile looks names up in its
+globals and not in the module.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+from torch.nn import functional
+
+KERNELS = ("scaled_dot_product_attention", "dispatch_attention_fn")
+Method = Callable[..., Any]
+
+
+class Running(threading.local):
+    """What runs in this thread: the layer, and how many kernels it has called."""
+
+    layer: Any = None
+    calls: int = 0
+
+
+running = Running()
+
+
+def method_of(kind: type) -> tuple[str, FunctionType | None]:
+    """The method of a processor that computes, and its function where it is a plain one."""
+    name = "__call__"
+    if issubclass(kind, nn.Module) and kind.__call__ is nn.Module.__call__:
+        name = "forward"
+    found = inspect.getattr_static(kind, name, None)
+    return name, found if isinstance(found, FunctionType) else None
+
+
+def kernels_of(kind: type) -> tuple[str, ...]:
+    """The names of the kernels that a processor class calls, by itself or in functions of its module."""
+    _, function = method_of(kind)
+    return () if function is None else _kernels(function)
+
+
+@functools.cache
+def _kernels(function: FunctionType) -> tuple[str, ...]:
+    names = _names(function.__code__)
+    found = {name for name in KERNELS if name in names}
+    for helper in _helpers(function, names):
+        found |= set(_kernels(helper))
+    return tuple(sorted(found))
+
+
+def _names(code: CodeType) -> set[str]:
+    """All global and attribute names of a function's code, nested functions included."""
+    nested = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, nested))
+
+
+def _helpers(function: FunctionType, names: set[str]) -> list[FunctionType]:
+    """Functions of the same module that a function calls by name."""
+    values = (function.__globals__.get(name) for name in names if name not in KERNELS)
+    return [
+        value
+        for value in values
+        if isinstance(value, FunctionType)
+        and value.__globals__ is function.__globals__
+        and value is not function
+    ]
+
+
+@functools.cache
+def rebound(kind: type, through: Callable[[str, Method], Method], enter: Method) -> type:
+    """A subclass of a processor class whose kernels are `through(name, kernel)`, run by `enter`.
+
+    Args:
+        kind: the class.
+        through: makes the function that stands for a kernel.
+        enter: `enter(run, plain, processor, layer, args, kwargs)` does the call: `run` is the method with our
+            kernels, `plain` the class's own, both of the processor's unbound.
+    """
+    name, plain = method_of(kind)
+    assert plain is not None
+    run = _copied(plain, through)
+
+    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        return enter(run, plain, self, attn, args, kwargs)
+
+    functools.update_wrapper(call, plain)
+    body = {
+        name: call,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (kind, Stacked), body)
+
+
+class Stacked:
+    """A mark of the classes that `rebound` makes."""
+
+
+def _copied(function: FunctionType, through: Callable[[str, Method], Method]) -> FunctionType:
+    """A function whose kernels are others, and so are those of the functions it calls."""
+    names = _names(function.__code__)
+    own = {key: value for key, value in function.__globals__.items() if key != "__name__"}
+    for key in names & own.keys():
+        value = own[key]
+        if key in KERNELS:
+            own[key] = through(key, value)
+        elif isinstance(value, ModuleType):
+            own[key] = _with_kernels(value, names, through)
+    for helper in _helpers(function, names):
+        if _kernels(helper):
+            own[helper.__name__] = _copied(helper, through)
+    copy = FunctionType(
+        function.__code__, own, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _with_kernels(
+    module: ModuleType, names: set[str], through: Callable[[str, Method], Method]
+) -> ModuleType:
+    """torch.nn.functional, or torch on the way to it, with another kernel; any other module as it is."""
+    if module is functional:
+        kernel = KERNELS[0]
+        return _module(module, **{kernel: through(kernel, getattr(functional, kernel))})
+    inside = {"torch": "nn", "torch.nn": "functional"}.get(module.__name__)
+    if inside is None or not {inside, "functional", KERNELS[0]} <= names:
+        return module
+    return _module(module, **{inside: _with_kernels(getattr(module, inside), names, through)})
+
+
+def _module(module: ModuleType, **changes: Any) -> ModuleType:
+    copy = ModuleType(module.__name__, module.__doc__)
+    own = {
+        key: value for key, value in vars(module).items() if not key.startswith("__") or key == "__getattr__"
+    }
+    vars(copy).update(own, **changes)
+    return copy
