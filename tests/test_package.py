@@ -16,6 +16,7 @@ import gendiff
 ROOT = Path(__file__).parents[1]
 HEAVY = ["accelerate", "diffusers", "matplotlib", "peft", "transformers"]
 SUBMODULES = [
+    "attention",
     "data",
     "guidance",
     "interop",
@@ -157,6 +158,15 @@ print(json.dumps([before, state()]))
 """
     )
     assert after == before
+
+
+def test_types_are_checked_in_tests_of_every_module_but_attention() -> None:
+    """As pyproject.toml lists them for jaxtyping, which a new one must be added to."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    (listed,) = (option for option in options if option.startswith("--jaxtyping-packages="))
+    names = listed.removeprefix("--jaxtyping-packages=").split(",")[:-1]
+    found = {f"gendiff.{path.stem}" for path in (ROOT / "src/gendiff").iterdir() if path.name[:2] != "__"}
+    assert set(names) == found - {"gendiff.attention", "gendiff.py"}
 
 
 def test_the_mathematics_imports_torch_jaxtyping_and_the_standard_library_only() -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and for grep; at run time the table below says the same, lazily
+    from gendiff import attention as attention
     from gendiff import data as data
     from gendiff import guidance as guidance
     from gendiff import interop as interop
@@ -55,6 +56,7 @@ _HOME = {  # public name -> the module that holds it, or that it is
     "cfg": "gendiff.guidance",
     "iterate": "gendiff.sampling",
     "sample": "gendiff.sampling",
+    "attention": "gendiff.attention",
     "data": "gendiff.data",
     "guidance": "gendiff.guidance",
     "interop": "gendiff.interop",

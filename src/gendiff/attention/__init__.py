@@ -9,6 +9,10 @@ from gendiff.attention.kernels import register_kernel as register_kernel
 from gendiff.attention.middleware import Middleware as Middleware
 from gendiff.attention.project import project as project
 from gendiff.attention.project import set_projector as set_projector
+from gendiff.attention.registry import register as register
+from gendiff.attention.registry import registered as registered
+from gendiff.attention.registry import set_processor as set_processor
+from gendiff.attention.registry import unregister as unregister
 from gendiff.attention.selectors import Depth as Depth
 from gendiff.attention.selectors import Kind as Kind
 from gendiff.attention.selectors import Selector as Selector

@@ -30,11 +30,11 @@ class Context:
     captured in a CUDA graph, or compiled, reads their present values.
 
     Attributes:
-        step: number of the call of the network, from 0, int64 scalar.
+        step: number of the call of the network, from 0, int64 scalar; counted where something asks for it.
         t: time in [0, 1], 1 is noise; NaN until a denoiser or `at` says it.
         alpha: level of the data at that time, likewise.
         sigma: level of the noise, likewise.
-        timestep: what the network was given, as it was given it; NaN before the first call.
+        timestep: what the network was given, as it was given it; NaN before, and where nothing asks for it.
         rows: names of the parts of the batch, such as uncond and cond, to their places.
         size: frames, height and width of what the network was given, where it has them.
         text: number of tokens of the text that the network was given.
@@ -49,6 +49,7 @@ class Context:
         self.text: int | None = None
         self.batch: int | None = None
         self._counts = True
+        self.wanted: set[str] = set()
         if rows is not None:
             self.name_rows(rows)
 
@@ -173,10 +174,10 @@ class Context:
         text = next((given[name] for name in TEXTS if given.get(name) is not None), None)
         self.text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
         timestep = given.get("timestep", given.get("t"))
-        if timestep is not None and not isinstance(timestep, list | tuple):
+        if "timestep" in self.wanted and timestep is not None and not isinstance(timestep, list | tuple):
             value = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
             _write(self.timestep, value)
-        if self._counts:
+        if "step" in self.wanted and self._counts:
             self.step += 1
 
 

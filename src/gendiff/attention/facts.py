@@ -7,9 +7,9 @@ class Fact(NamedTuple):
     """What is known of a processor class.
 
     Attributes:
-        kind: what attends to what; "" where the layer's parts say it.
-        text: where the text stands among the keys: first, last, all, none; "" by the kind.
-        outputs: number of tensors it returns; 0 by the kind.
+        kind: what attends to what in the main blocks of a model; "" where the layer's parts say it.
+        text: where the text stands among the keys of a joint or single layer: first or last; "" is first.
+        outputs: number of tensors that a joint or single layer returns; 0 by the kind.
         main: which call of a kernel is the attention itself, where the layer has another for an image.
     """
 
@@ -19,7 +19,36 @@ class Fact(NamedTuple):
     main: int = 0
 
 
-FACTS: dict[str, Fact] = {}
+_JOINT_LAST = Fact(text="last", outputs=2)
+_IMAGE = Fact(main=1)  # the tokens of the image prompt are attended to first
+FACTS: dict[str, Fact] = {
+    "CogVideoXAttnProcessor2_0": Fact("joint", outputs=2),
+    "CogView4AttnProcessor": Fact("joint", outputs=2),
+    "EasyAnimateAttnProcessor2_0": Fact("joint", outputs=2),
+    "ErnieImageSingleStreamAttnProcessor": Fact("single", "last"),
+    "GlmImageAttnProcessor": Fact("joint", outputs=2),
+    "HiDreamAttnProcessor": Fact(text="last"),
+    "HunyuanImageAttnProcessor": _JOINT_LAST,
+    "HunyuanVideo15AttnProcessor2_0": _JOINT_LAST,
+    "HunyuanVideoAttnProcessor2_0": _JOINT_LAST,
+    "Ideogram4AttnProcessor": Fact("single"),
+    "JointAttnProcessor2_0": Fact(text="last"),
+    "JoyImageAttnProcessor": Fact("joint", "last", 2),
+    "JoyImageEditPlusAttnProcessor": Fact("joint", "last", 2),
+    "Krea2AttnProcessor": Fact("single"),
+    "Lumina2AttnProcessor2_0": Fact("single"),
+    "MiniMaxH3AttnProcessor": Fact("single"),
+    "MochiAttnProcessor2_0": _JOINT_LAST,
+    "MotifVideoAttnProcessor2_0": _JOINT_LAST,
+    "NucleusMoEAttnProcessor2_0": Fact("joint", "last", 1),
+    "OmniGenAttnProcessor2_0": Fact("single"),
+    "PRXAttnProcessor2_0": Fact("joint", outputs=1),
+    "QwenImage21AttnProcessor": Fact("single"),
+    "SkyReelsV2AttnProcessor": _IMAGE,
+    "WanAnimate2CrossAttnProcessor": _IMAGE,
+    "WanAttnProcessor": _IMAGE,
+    "ZSingleStreamAttnProcessor": Fact("single", "last"),
+}
 NONE = Fact()
 
 

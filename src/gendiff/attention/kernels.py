@@ -48,7 +48,7 @@ class Call:
             return None
         if not isinstance(mask, Tensor):
             raise ValueError(
-                f"the layer masks by a {type(mask).__name__}, which only the kernel it was made for can read; "
+                f"the layer masks by a {type(mask).__name__}, which only its own kernel can read; "
                 f"middlewares that add a bias or look at probabilities cannot be on this layer."
             )
         return mask[:, None, None] if self.padding and mask.ndim == 2 else mask

@@ -26,7 +26,8 @@ class Middleware:
         order: place among the middlewares of a layer.
         shareable: whether one object may serve several layers; if not, the stack refuses a second.
         exclusive: what no second middleware of a layer may claim too, such as "kv" or "probs".
-        needs: facts without which it cannot work: "grid", "text", "rows".
+        needs: facts that it reads from the context: "rows", without which it is refused; "step" and
+            "timestep", which are kept up to date where something needs them.
 
     >>> class Sharpen(Middleware):
     ...     def __init__(self, temperature): self.temperature = temperature

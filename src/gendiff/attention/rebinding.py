@@ -23,8 +23,9 @@ Method = Callable[..., Any]
 class Running(threading.local):
     """What runs in this thread: the layer, and how many kernels it has called."""
 
-    layer: Any = None
-    calls: int = 0
+    def __init__(self) -> None:
+        self.layer: Any = None
+        self.calls = 0
 
 
 running = Running()

@@ -86,11 +86,10 @@ class Layer:
         self.site, self.processor = site, site.module.processor
         self.attachments: tuple[Attachment, ...] = ()
         self.kernel: Kernel | None = None
-        fact = fact_of(site.processor)
-        self.main = fact.main if present(site.module, "add_k_proj") else 0
+        self.main = 0  # which call of a kernel is the attention itself
         self.by_hook: dict[str, tuple[Attachment, ...]] = dict.fromkeys(HOOKS, ())
         self.inside = False
-        self.other = _place_of(type(self.processor), "encoder_hidden_states")
+        self.other: int | None = None  # where the other stream stands in a call
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copied model has no stack."""
@@ -267,6 +266,8 @@ def swap_in(module: nn.Module, layer: Layer) -> None:
     processor = module.processor
     kind = type(processor)
     layer.processor = processor
+    layer.main = fact_of(kind.__name__).main if present(module, "add_k_proj") else 0
+    layer.other = _place_of(kind, "encoder_hidden_states")
     if not issubclass(kind, Stacked):
         try:
             processor.__class__ = rebound(kind, through, enter)

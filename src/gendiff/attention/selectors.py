@@ -49,7 +49,8 @@ class Selector:
         return Selector(lambda site: not self(site), f"~{self._part()}", self.patterns)
 
     def _part(self) -> str:
-        return f"({self.text})" if " | " in self.text or " & " in self.text else self.text
+        joined = (" | " in self.text or " & " in self.text) and not self.text.startswith("~(")
+        return f"({self.text})" if joined else self.text
 
     def __repr__(self) -> str:
         return self.text
@@ -162,9 +163,16 @@ def _nothing(sites: Sequence[Site], on: On) -> str:
     )
     patterns = selector(on).patterns if isinstance(on, Selector | str) else ()
     names = [site.name for site in sites]
+    parts = list(dict.fromkeys(part for name in names for part in (*_beginnings(name), *name.split("."))))
     near = [
-        name
+        part
         for pattern in patterns
-        for name in get_close_matches(pattern.replace("*", "").strip("."), names, n=3, cutoff=0.3)
+        for part in get_close_matches(pattern.replace("*", "").strip("."), parts, n=3, cutoff=0.5)
     ]
     return f"{text}. {'Nearest' if near else 'Some'} names: {', '.join(map(repr, near or names[:4]))}."
+
+
+def _beginnings(name: str) -> list[str]:
+    """A dotted name and what it begins with, `a.b` and `a` for `a.b`."""
+    segments = name.split(".")
+    return [".".join(segments[:count]) for count in range(1, len(segments) + 1)]

@@ -1,6 +1,6 @@
 """One attention layer of a model, and the facts that a processor or a middleware wants to know of it."""
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -8,7 +8,8 @@ from torch import nn
 
 Family = Literal["unet", "unet-added", "joint", "transformer"]
 
-CHANGED_WORDS = ("temporal", "temp_attentions", "motion_modules", "motion_encoder")
+TEMPORAL = ("temporal", "temp_attentions", "motion_modules", "motion_encoder")
+MAIN = re.compile(r"(\w+_)?(layers|blocks)")  # where a model's own blocks are, not those of its refiners
 STAGES = ("down", "mid", "up", "double", "single", "refiner", "block")
 
 
@@ -76,7 +77,7 @@ def heads_of(layer: nn.Module) -> tuple[int, int]:
     heads = _first(layer, ("heads", "num_heads", "num_attention_heads", "n_heads", "head"))
     if not heads:
         raise ValueError(f"{type(layer).__name__} does not say how many heads it has.")
-    dim = _first(layer, ("dim_head", "head_dim", "attention_head_dim"))
+    dim = _first(layer, ("dim_head", "dim_heads", "head_dim", "attention_head_dim"))
     if dim is None:
         inner = _first(layer, ("inner_dim", "inner_kv_dim", "embed_dim", "hidden_size", "dim"))
         width = inner if inner is not None else _query_width(layer)
@@ -90,7 +91,7 @@ def _first(layer: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 def _query_width(layer: nn.Module) -> int | None:
-    for name in ("to_q", "q_proj", "query", "wq"):
+    for name in ("to_q", "to_query", "q_proj", "query", "wq"):
         width = getattr(getattr(layer, name, None), "out_features", None)
         if isinstance(width, int):
             return width
@@ -117,17 +118,18 @@ def stage_of(name: str, others: frozenset[str]) -> str:
     return "block"
 
 
-def kind_of(name: str, layer: nn.Module, stage: str, facts: Mapping[str, str]) -> str:
+def kind_of(name: str, layer: nn.Module, stage: str, known: str) -> str:
     """What attends to what, by the layer's own parts and its name.
 
-    `facts` are the kinds of processors that cannot be told from the layer's parts.
+    `known` is the kind of its processor, where that cannot be told from the layer's parts.
     """
-    if any(word in name for word in CHANGED_WORDS):
+    if any(word in name for word in TEMPORAL):
         return "temporal"
-    known = facts.get(type(layer.processor).__name__)
-    if known is not None:
+    if known and MAIN.fullmatch(name.split(".")[0]):
         return known
     last = name.split(".")[-1]
+    if present(layer, "to_q_t"):
+        return "joint"
     if is_plain(layer):
         if present(layer, "added_kv_proj_dim") and present(layer, "add_q_proj"):
             return "joint"

@@ -18,7 +18,7 @@ from gendiff.attention.run import INSIDE, Attachment, Layer, layer_of, swap_in, 
 from gendiff.attention.selectors import On
 from gendiff.attention.site import Site
 from gendiff.attention.table import Sites, sites, unwrapped
-from gendiff.attention.windows import Window
+from gendiff.attention.windows import Steps, Window
 
 TRAINED = "attention_middlewares"  # where the trained ones are on the model
 STACKS = "_gendiff_stacks"
@@ -83,6 +83,7 @@ class Stack:
         middleware.placed(found, self.context)
         trained = self._registered(middleware, name)
         self._added += 1
+        self.context.wanted |= {*middleware.needs, *(("step",) if isinstance(when, Steps) else ())}
         for site in found:
             _attach(site, attachment)
         self._begin(found)

@@ -14,6 +14,7 @@ from gendiff.attention.site import Site, family_of, heads_of, is_layer, kind_of,
 
 COLUMNS = ("name", "kind", "heads", "head_dim", "stage", "depth", "text", "outputs", "grid", "processor")
 MARKS = ("to_q", "to_qkv", "q_proj", "qkv", "query_projection")
+MIXED = ("joint", "single")  # kinds whose keys are of both streams
 TEXT = {"cross": "all", "joint": "first", "single": "first"}
 
 
@@ -107,7 +108,8 @@ def sites(model: nn.Module) -> Sites:
     root = unwrapped(model)
     layers = {name: module for name, module in root.named_modules() if is_layer(module)}
     heads = frozenset(name.split(".")[0] for name in layers)
-    found = sorted((_site(name, layer, heads) for name, layer in layers.items()), key=_order)
+    over_frames = "Temporal" in type(root).__name__
+    found = sorted((_site(name, layer, heads, over_frames) for name, layer in layers.items()), key=_order)
     last = max(len(found) - 1, 1)
     return Sites([replace(site, depth=i / last) for i, site in enumerate(found)], _others(root, layers))
 
@@ -117,11 +119,11 @@ def _order(site: Site) -> int:
     return {"down": 0, "mid": 1, "up": 2}.get(site.stage, 0)
 
 
-def _site(name: str, layer: nn.Module, heads: frozenset[str]) -> Site:
+def _site(name: str, layer: nn.Module, heads: frozenset[str], over_frames: bool) -> Site:
     processor = type(layer.processor)
     fact = fact_of(processor.__name__)
     stage = stage_of(name, heads)
-    kind = kind_of(name, layer, stage, {processor.__name__: fact.kind} if fact.kind else {})
+    kind = "temporal" if over_frames else kind_of(name, layer, stage, fact.kind)
     count, dim = heads_of(layer)
     return Site(
         name=name,
@@ -130,8 +132,8 @@ def _site(name: str, layer: nn.Module, heads: frozenset[str]) -> Site:
         head_dim=dim,
         stage=stage,
         depth=0.0,
-        text=fact.text or TEXT.get(kind, "none"),
-        outputs=fact.outputs or (2 if kind == "joint" else 1),
+        text=(fact.text if kind in MIXED else "") or TEXT.get(kind, "none"),
+        outputs=(fact.outputs if kind in MIXED else 0) or (2 if kind == "joint" else 1),
         family=family_of(layer),
         processor=processor.__name__,
         kernels=kernels_of(processor),
