@@ -10,8 +10,15 @@ from torch import Tensor
 from gendiff._checks import unknown
 from gendiff.attention.site import Site
 
-SAMPLES = ("sample", "hidden_states", "x", "latent", "hidden_states_list")
-TEXTS = ("encoder_hidden_states", "text_hidden_states", "cap_feats", "context", "encoder_hidden_states_t5")
+SAMPLES = ("sample", "hidden_states", "x", "latent", "hidden_states_list", "input_ids")
+TEXTS = (
+    "encoder_hidden_states",
+    "text_bth",
+    "text_hidden_states",
+    "cap_feats",
+    "context",
+    "encoder_hidden_states_t5",
+)
 
 
 class Grid(NamedTuple):
@@ -29,6 +36,10 @@ class Context:
     Numbers that change while sampling are buffers on the device, which are written in place: a step that was
     captured in a CUDA graph, or compiled, reads their present values.
 
+    Args:
+        rows: names of the parts of the batch.
+        axes: what the axes of a video are behind the batch: channels, frames, height and width.
+
     Attributes:
         step: number of the call of the network, from 0, int64 scalar; counted where something asks for it.
         t: time in [0, 1], 1 is noise; NaN until a denoiser or `at` says it.
@@ -37,19 +48,19 @@ class Context:
         timestep: what the network was given, as it was given it; NaN before, and where nothing asks for it.
         rows: names of the parts of the batch, such as uncond and cond, to their places.
         size: frames, height and width of what the network was given, where it has them.
-        text: number of tokens of the text that the network was given.
+        text: number of tokens of the text that the network was given, or has at the layer that runs.
     """
 
-    def __init__(self, rows: Sequence[str] | Mapping[str, slice] | None = None) -> None:
+    def __init__(self, rows: Sequence[str] | Mapping[str, slice] | None = None, axes: str = "CFHW") -> None:
         self.step = torch.full((), -1, dtype=torch.int64)  # the first call of the network makes it 0
         self.t, self.alpha, self.sigma, self.timestep = (torch.full((), math.nan) for _ in range(4))
-        self._rows = rows
-        self.parts: tuple[str, ...] | None = None
+        self._rows, self.axes = rows, axes
         self.size: Grid | None = None
         self.text: int | None = None
         self.batch: int | None = None
         self._counts = True
         self.wanted: set[str] = set()
+        self._read: tuple[tuple[Any, ...], Grid | None] | None = None
         if rows is not None:
             self.name_rows(rows)
 
@@ -123,7 +134,8 @@ class Context:
         """How the tokens of an image lie at a site.
 
         They are those of the network's input, halved as often as the layer's place in the model asks, or cut
-        into patches.
+        into patches; a line where the input has no height and width, as sound, or does not say them, as
+        packed tokens without ids: set `size` then.
 
         Raises:
             ValueError: where no such grid has as many tokens.
@@ -132,18 +144,14 @@ class Context:
             return Grid(tokens, 1, 1)
         size = self.size
         if size is not None:
-            for frames in (1, size.frames):
-                for by in range(1, max(size.height, size.width) + 1):
-                    height, width = math.ceil(size.height / by), math.ceil(size.width / by)
-                    if frames * height * width == tokens:
-                        return Grid(frames, height, width)
-                for over in range(2, size.frames + 1):
-                    deep = math.ceil(size.frames / over)
-                    if deep * size.height * size.width == tokens:
-                        return Grid(deep, size.height, size.width)
-        side = math.isqrt(tokens)
-        if size is None and side * side == tokens:
-            return Grid(1, side, side)
+            counts = {1, *(math.ceil(size.frames / over) for over in range(1, size.frames + 1))}
+            for by in range(1, max(size.height, size.width) + 1):
+                height, width = math.ceil(size.height / by), math.ceil(size.width / by)
+                frames, rest = divmod(tokens, height * width)
+                if not rest and frames in counts:
+                    return Grid(frames, height, width)
+        if size is None:
+            return Grid(1, 1, tokens)
         raise ValueError(
             f"{tokens} tokens at {site.name} are no grid of the network's input of {size}; say how they lie "
             f"with stack.context.size = Grid(frames, height, width)."
@@ -167,12 +175,16 @@ class Context:
             if self.step.device != x.device:
                 self.to(x.device)
             self.batch = len(x)
-            if x.ndim in (4, 5):
-                self.size = Grid(x.shape[2] if x.ndim == 5 else 1, x.shape[-2], x.shape[-1])
+            if x.ndim == 4:
+                self.size = Grid(1, x.shape[2], x.shape[3])
+            elif x.ndim == 5:
+                self.size = Grid(*(x.shape[1 + self.axes.index(axis)] for axis in "FHW"))
+            elif x.ndim == 3 and not x.is_floating_point():  # one number a place
+                self.size = Grid(1, *x.shape[-2:])
             else:
-                self.size = _from_ids(given) or self.size
+                self.size = _from_sizes(given) or self._from_ids(given.get("img_ids")) or self.size
         text = next((given[name] for name in TEXTS if given.get(name) is not None), None)
-        self.text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
+        self.text = text.shape[1] if isinstance(text, Tensor) and text.ndim > 2 else None
         timestep = given.get("timestep", given.get("t"))
         if "timestep" in self.wanted and timestep is not None and not isinstance(timestep, list | tuple):
             value = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep
@@ -180,8 +192,23 @@ class Context:
         if "step" in self.wanted and self._counts:
             self.step += 1
 
+    def _from_ids(self, ids: Any) -> Grid | None:
+        """The size that the places of packed tokens span, read from the device once for each tensor."""
+        if not isinstance(ids, Tensor) or torch.compiler.is_compiling() or _capturing(ids):
+            return None
+        places = ids[0] if ids.ndim == 3 else ids
+        key = ids.data_ptr(), tuple(ids.shape)
+        if self._read is None or self._read[0] != key:
+            height, width = (int(places[:, axis].max() - places[:, axis].min()) + 1 for axis in (1, 2))
+            self._read = key, Grid(1, height, width) if height * width == len(places) else None
+        return self._read[1]
 
-def _from_ids(given: Mapping[str, Any]) -> Grid | None:
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _from_sizes(given: Mapping[str, Any]) -> Grid | None:
     """Sizes that a call gives beside packed tokens."""
     height, width = given.get("height"), given.get("width")
     if isinstance(height, int) and isinstance(width, int):

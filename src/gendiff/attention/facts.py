@@ -50,6 +50,19 @@ FACTS: dict[str, Fact] = {
     "ZSingleStreamAttnProcessor": Fact("single", "last"),
 }
 NONE = Fact()
+AXES = {  # of a video that is given to a model whose class begins so, where they are not CFHW
+    "AnyFlow": "FCHW",
+    "CogVideoX": "FCHW",
+    "ConsisID": "FCHW",
+    "Kandinsky5": "FHWC",
+    "Kandinsky6": "FHWC",
+    "UNetSpatioTemporal": "FCHW",
+}
+
+
+def axes_of(model: str) -> str:
+    """What the axes of a video are, by the class of the model that is given one."""
+    return next((axes for name, axes in AXES.items() if model.startswith(name)), "CFHW")
 
 
 def fact_of(processor: str) -> Fact:

@@ -88,6 +88,7 @@ class Layer:
         self.kernel: Kernel | None = None
         self.main = 0  # which call of a kernel is the attention itself
         self.by_hook: dict[str, tuple[Attachment, ...]] = dict.fromkeys(HOOKS, ())
+        self.contexts: tuple[Context, ...] = ()
         self.inside = False
         self.other: int | None = None  # where the other stream stands in a call
 
@@ -104,15 +105,17 @@ class Layer:
         for name in HOOKS:
             having = tuple(one for one in self.attachments if name in one.middleware.hooks)
             self.by_hook[name] = having[::-1] if name in ("on_heads", "on_output") else having
+        self.contexts = tuple(dict.fromkeys(one.context for one in self.attachments))
         self.inside = kernel is not None or any(self.by_hook[name] for name in INSIDE)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, plain: Plain) -> Tensor:
         """Attention with all that is attached."""
         site, hooks = self.site, self.by_hook
+        keys = k.shape[-2]
         for one in hooks["on_qkv"]:
             new = one.middleware.on_qkv(site, one.context, q, k, v)
             q, k, v = one.blend(q, new[0]), one.blend(k, new[1]), one.blend(v, new[2])
-        if hooks["on_qkv"] and call.mask is not None:
+        if k.shape[-2] != keys and call.mask is not None:
             call = call.longer(k.shape[-2])
         for one in hooks["on_bias"]:
             bias = one.middleware.on_bias(site, one.context, q, k)
@@ -197,6 +200,11 @@ def enter(
         return plain(processor, module, *args, **kwargs)
     for one in layer.by_hook["on_inputs"]:
         args, kwargs = _changed_inputs(one, layer, args, kwargs)
+    if layer.site.kind == "joint":  # networks may put tokens of their own before the text
+        text = _other(layer, args, kwargs)
+        if text is not None:
+            for context in layer.contexts:
+                context.text = text.shape[1]
     before, calls = running.layer, running.calls
     running.layer, running.calls = layer, 0
     try:
@@ -208,13 +216,18 @@ def enter(
     return out
 
 
+def _other(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The second stream of a call."""
+    place = layer.other
+    return args[place] if place is not None and place < len(args) else kwargs.get("encoder_hidden_states")
+
+
 def _changed_inputs(
     one: Attachment, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     first = next(iter(kwargs)) if not args else None
     hidden = args[0] if args else kwargs[first]  # pyright: ignore[reportArgumentType]
-    place = layer.other
-    other = args[place] if place is not None and place < len(args) else kwargs.get("encoder_hidden_states")
+    place, other = layer.other, _other(layer, args, kwargs)
     new, new_other = one.middleware.on_inputs(layer.site, one.context, hidden, other)
     new = one.blend(hidden, new)
     if args:

@@ -11,6 +11,7 @@ from torch.autograd import Variable
 
 from gendiff._checks import unknown
 from gendiff.attention.context import Context
+from gendiff.attention.facts import axes_of
 from gendiff.attention.handle import Handle, changeable
 from gendiff.attention.kernels import Kernel, kernel_of
 from gendiff.attention.middleware import Middleware
@@ -329,7 +330,7 @@ def stack(model: nn.Module, rows: Any = None) -> Stack:
     Returns:
         The `Stack`.
     """
-    return Stack(model, Context(rows))
+    return Stack(model, Context(rows, axes_of(type(unwrapped(model)).__name__)))
 
 
 def signature(model: nn.Module) -> tuple[Any, ...]:

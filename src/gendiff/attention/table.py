@@ -108,7 +108,7 @@ def sites(model: nn.Module) -> Sites:
     root = unwrapped(model)
     layers = {name: module for name, module in root.named_modules() if is_layer(module)}
     heads = frozenset(name.split(".")[0] for name in layers)
-    over_frames = "Temporal" in type(root).__name__
+    over_frames = type(root).__name__.startswith("TransformerTemporal")
     found = sorted((_site(name, layer, heads, over_frames) for name, layer in layers.items()), key=_order)
     last = max(len(found) - 1, 1)
     return Sites([replace(site, depth=i / last) for i, site in enumerate(found)], _others(root, layers))
