@@ -122,6 +122,9 @@ class Context:
         """Write where the run is; what counts its steps itself turns the counting off."""
         given = {"step": step, "t": t, "alpha": alpha, "sigma": sigma}
         self._counts = self._counts and step is None
+        places = {value.device for value in given.values() if isinstance(value, Tensor)}
+        for device in places - {self.step.device}:
+            self.to(device)
         for name, value in given.items():
             if value is not None:
                 _write(getattr(self, name), value)
@@ -223,7 +226,9 @@ def _from_sizes(given: Mapping[str, Any]) -> Grid | None:
 
 
 def _write(buffer: Tensor, value: Any) -> None:
-    if isinstance(value, Tensor):
-        buffer.copy_(value.flatten()[0] if value.ndim else value)
-    else:
+    if not isinstance(value, Tensor):
         buffer.fill_(value)
+    elif value.device.type == "cpu" and buffer.device.type != "cpu":
+        buffer.fill_(value.flatten()[0].item())  # a copy would wait for the device
+    else:
+        buffer.copy_(value.flatten()[0] if value.ndim else value)

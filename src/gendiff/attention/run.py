@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, final
 
 import torch
@@ -16,6 +17,7 @@ from gendiff.attention.rebinding import Stacked, method_of, rebound, running
 from gendiff.attention.site import Site, present
 from gendiff.attention.windows import Window
 
+COUNTER = count()
 MARK = "_gendiff_layer"
 COUNT = "_gendiff_layers"
 ARGUMENTS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "attention_kwargs")
@@ -35,6 +37,7 @@ class Attachment:
         rows: the part of the batch it changes; None is all.
         window: when it is on; None is always.
         number: how many were added to the stack before.
+        key: a number that no other attachment of the process has.
     """
 
     middleware: Middleware
@@ -42,6 +45,7 @@ class Attachment:
     rows: str | None = None
     window: Window | None = None
     number: int = 0
+    key: int = field(default_factory=COUNTER.__next__)
 
     @property
     def place(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from gendiff.attention.table import Sites, sites, unwrapped
 from gendiff.attention.windows import Steps, Window
 
 TRAINED = "attention_middlewares"  # where the trained ones are on the model
-STACKS = "_gendiff_stacks"
+STACKS = "_attached"  # as `gendiff.sampling` looks for it
 
 
 @final
@@ -281,7 +281,7 @@ class Stack:
                 ones = [
                     (
                         type(one.middleware).__qualname__,
-                        id(one.middleware),
+                        one.key,
                         one.middleware.signature,
                         one.rows,
                         one.window,

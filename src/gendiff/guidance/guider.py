@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Literal, final
+from typing import Any, Literal, Protocol, final, runtime_checkable
 
 from torch import Tensor
 
@@ -12,6 +12,18 @@ from gendiff._checks import unknown
 from gendiff.condition import Condition
 from gendiff.denoiser import Cond, Denoise, Denoised, Time
 from gendiff.math.schedules import Moment, Schedule
+
+
+@runtime_checkable
+class Told(Protocol):
+    """What a guider tells of an evaluation, before it."""
+
+    def name_rows(self, rows: tuple[str, ...]) -> None:
+        """Which branches the batch has, in their order."""
+
+    def at(self, *, t: Tensor, alpha: Tensor, sigma: Tensor) -> None:
+        """The time and the level."""
+
 
 Batching = Literal["auto", "together", "separate"]
 
@@ -40,6 +52,8 @@ class Guider:
         when: branches that are only evaluated at times in [low, high], by name. Elsewhere such a branch is
             taken to say what the first of the others says, which switches its guidance off. At least one
             branch is evaluated always. It needs times that are numbers, as samplers give them.
+        context: what is told before every evaluation which branches the batch has, and the time and level:
+            the `context` of an attention stack.
         batching: "together" evaluates all branches of a denoiser in one batch and refuses conditions that
             cannot be joined, "separate" one after the other, "auto" together where the conditions can be
             joined.
@@ -58,10 +72,11 @@ class Guider:
         *,
         when: Mapping[str, tuple[float | int, float | int]] | None = None,
         batching: Batching = "auto",
+        context: Told | None = None,
     ) -> None:
         if batching not in ("auto", "together", "separate"):
             raise ValueError(unknown("batching", batching, ["auto", "together", "separate"]))
-        self.denoise, self.combine = denoise, combine
+        self.denoise, self.combine, self.context = denoise, combine, context
         self.batching: Batching = batching
         self.branches: dict[str, tuple[Denoise, Condition]] = {}
         for name, branch in branches.items():
@@ -139,7 +154,7 @@ class Guider:
         plain = tuple((name, value) for name, value in settings.items() if name not in scales)
         what = (rule.func, rule.args, plain, tuple(scales)) if isinstance(rule, partial) else rule
         names = tuple((name, tuple(cond)) for name, (_, cond) in self.branches.items())
-        key = names, what, self.batching, tuple(self.when.items())
+        key = names, what, self.batching, tuple(self.when.items()), id(self.context)
         conds = [value for _, cond in self.branches.values() for value in cond.values()]
         denoisers = self.denoise, *(denoise for denoise, _ in self.branches.values())
         return key, denoisers, (*conds, *scales.values())
@@ -155,7 +170,9 @@ class Guider:
         if isinstance(rule, partial):
             scales = {k: next(given) for k, value in rule.keywords.items() if isinstance(value, Tensor)}
             rule = partial(rule.func, *rule.args, **{**rule.keywords, **scales})
-        return Guider(denoisers[0], branches, rule, when=self.when, batching=self.batching)
+        return Guider(
+            denoisers[0], branches, rule, when=self.when, batching=self.batching, context=self.context
+        )
 
     def _evaluate(self, names: list[str], x_t: Tensor, t: Time, carry: Any) -> tuple[list[Denoised], Any]:
         """The answers of the branches of a group, from one call of their denoiser."""
@@ -165,6 +182,10 @@ class Guider:
         cond = Condition.concat(conds) if count > 1 else conds[0]
         if isinstance(t, Moment) or (isinstance(t, Tensor) and t.ndim == 1):
             t = t.repeat(count)
+        if self.context is not None:
+            moment = self.schedule.moment(t, x_t.device)
+            self.context.name_rows(tuple(names))
+            self.context.at(t=moment.t, alpha=moment.level.alpha, sigma=moment.level.sigma)
         denoised = denoise(x_t.repeat(count, *[1] * (x_t.ndim - 1)), t, cond, carry)
         return [_rows(denoised, slice(i * rows, (i + 1) * rows)) for i in range(count)], denoised.carry
 

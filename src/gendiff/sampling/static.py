@@ -50,13 +50,17 @@ def _structure(denoise: Denoise, seen: dict[int, Hashable]) -> Hashable:
 
 
 def fingerprint(network: Any) -> Hashable:
-    """What a captured step takes for granted of a network: its modules, their modes and where weights lie."""
+    """What a captured step takes for granted of a network: its modules, their modes and where weights lie.
+
+    What is attached to a network, a list on it by the name `_attached`, says the rest by its `signature`.
+    """
     if not isinstance(network, nn.Module):
         return network
     facts: list[Hashable] = []
     for module in network.modules():
         held = vars(module)
         facts += [id(module), module.training, id(held.get("processor"))]
+        facts += [one.signature for one in held.get("_attached", ())]
         weights = (*held["_parameters"].values(), *held["_buffers"].values())
         facts += [(weight.data_ptr(), weight.dtype) for weight in weights if weight is not None]
     return tuple(facts)
