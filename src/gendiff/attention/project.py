@@ -6,7 +6,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from gendiff.attention.handle import Handle, changeable
-from gendiff.attention.site import Site, present
+from gendiff.attention.site import Site, is_plain, present
 
 Projected: TypeAlias = tuple[Tensor, Tensor, Tensor]
 Projector: TypeAlias = Callable[[nn.Module, Tensor, Tensor, bool], Projected]
@@ -48,7 +48,7 @@ def project(
 def linear(layer: nn.Module, x: Tensor, context: Tensor, added: bool = False) -> Projected:
     """The projections by the layer's own linear layers."""
     names = ADDED if added else OWN
-    if getattr(layer, "fused_projections", False):
+    if is_fused(layer):
         refuse_fused(layer)
         whole, pair = ("to_added_qkv", None) if added else ("to_qkv", "to_kv")
         if present(layer, whole) and x is context:
@@ -94,9 +94,21 @@ def adapters_of(layer: nn.Module) -> list[str]:
     return found
 
 
-def refuse_fused(layer: nn.Module, name: str = "") -> None:
+def is_fused(layer: nn.Module, processor: object = None) -> bool:
+    """Whether the fused projections of a layer are what its processor, or another, uses.
+
+    The processors of `Attention` of diffusers have a class of their own for them, and the mark stays on the
+    layer when it is unfused; other layers tell by the mark.
+    """
+    kind = type(layer.processor if processor is None else processor)
+    return bool(getattr(layer, "fused_projections", False)) and (
+        not is_plain(layer) or "Fused" in kind.__name__
+    )
+
+
+def refuse_fused(layer: nn.Module, name: str = "", processor: object = None) -> None:
     """Raise where projections were fused and adapters stay in the parts, where they have no effect."""
-    if not getattr(layer, "fused_projections", False):
+    if not is_fused(layer, processor):
         return
     adapted = adapters_of(layer)
     if adapted:

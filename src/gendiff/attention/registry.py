@@ -101,7 +101,7 @@ def set_processor(
     pairs = [(site, _made(what, site, len(found))) for site, what in chosen]
     for site, made in pairs:
         refuse_misfit(made, site)
-        refuse_fused(site.module, site.name)
+        refuse_fused(site.module, site.name, made)
         _refuse_closed(site, made)
         _refuse_loss(site, replace)
     entries = [(site.module, place(site.module, made)) for site, made in pairs]

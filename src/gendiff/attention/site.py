@@ -133,7 +133,9 @@ def kind_of(name: str, layer: nn.Module, stage: str, known: str) -> str:
     if is_plain(layer):
         if present(layer, "added_kv_proj_dim") and present(layer, "add_q_proj"):
             return "joint"
-        own = last == "attention" and getattr(layer, "cross_attention_dim", 0) == getattr(layer, "query_dim", 1)
+        own = last == "attention" and getattr(layer, "cross_attention_dim", 0) == getattr(
+            layer, "query_dim", 1
+        )
         if present(layer, "added_kv_proj_dim") or (getattr(layer, "is_cross_attention", False) and not own):
             return "cross"
         return "single" if stage == "single" else "self"

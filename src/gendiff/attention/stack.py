@@ -15,6 +15,7 @@ from gendiff.attention.facts import axes_of
 from gendiff.attention.handle import Handle, changeable
 from gendiff.attention.kernels import Kernel, kernel_of
 from gendiff.attention.middleware import Middleware
+from gendiff.attention.project import refuse_fused
 from gendiff.attention.run import INSIDE, Attachment, Layer, layer_of, swap_in, swap_out
 from gendiff.attention.selectors import On
 from gendiff.attention.site import Site
@@ -142,6 +143,7 @@ class Stack:
         if not middleware.shareable and len(found) > 1:
             raise ValueError(f"one {what} serves one layer, and {len(found)} match; select one.")
         for site in found:
+            refuse_fused(site.module, site.name)
             if any(hook in INSIDE for hook in middleware.hooks):
                 _reachable(site, what)
             layer = layer_of(site.module)
