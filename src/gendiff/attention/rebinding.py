@@ -91,6 +91,7 @@ def rebound(kind: type, through: Callable[[str, Method], Method], enter: Method)
         return enter(run, plain, self, attn, args, kwargs)
 
     functools.update_wrapper(call, plain)
+    call.__signature__ = inspect.signature(plain)  # layers ask for it at every call
     body = {
         name: call,
         "__module__": kind.__module__,
