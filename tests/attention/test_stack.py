@@ -608,3 +608,20 @@ def test_wan_hooks_see_the_text_and_not_the_image_prompt() -> None:
 def test_sd3_has_a_second_attention_of_the_image() -> None:
     kinds = [site.kind for site in sites(build(SD3))]
     assert {"joint", "self"} <= set(kinds)
+
+
+def test_a_second_stack_over_a_first_reaches_the_same_layers(unet) -> None:
+    plain, before = said(unet, UNET), state(unet)
+    with stack(unet) as first:
+        first.add(Halved())
+        half = said(unet, UNET)
+        with stack(unet) as second:
+            quarter = Halved()
+            second.add(quarter)
+            assert len(second.sites) == len(first.sites)
+            assert [site.processor for site in second.sites] == [site.processor for site in first.sites]
+            assert not torch.allclose(said(unet, UNET), half, atol=1e-3)
+            assert len(quarter.seen) == len(second.sites)
+        assert torch.equal(said(unet, UNET), half)
+    assert torch.equal(said(unet, UNET), plain)
+    assert state(unet) == before

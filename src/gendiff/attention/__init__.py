@@ -1,8 +1,11 @@
 """Attention layers of any model of diffusers: found, given processors, stacked on, and undone exactly."""
 
+from gendiff.attention.capture import Capture as Capture
+from gendiff.attention.capture import words_of as words_of
 from gendiff.attention.context import Context as Context
 from gendiff.attention.context import Grid as Grid
 from gendiff.attention.handle import Handle as Handle
+from gendiff.attention.ip_adapter import IPAdapter as IPAdapter
 from gendiff.attention.kernels import Call as Call
 from gendiff.attention.kernels import Kernel as Kernel
 from gendiff.attention.kernels import register_kernel as register_kernel

@@ -48,7 +48,8 @@ class Context:
         timestep: what the network was given, as it was given it; NaN before, and where nothing asks for it.
         rows: names of the parts of the batch, such as uncond and cond, to their places.
         size: frames, height and width of what the network was given, where it has them.
-        text: number of tokens of the text that the network was given, or has at the layer that runs.
+        text: number of tokens of the text that the network was given, or has at the layer that runs; yours to
+            set for a network that is given it in another way.
     """
 
     def __init__(self, rows: Sequence[str] | Mapping[str, slice] | None = None, axes: str = "CFHW") -> None:
@@ -138,7 +139,7 @@ class Context:
 
         They are those of the network's input, halved as often as the layer's place in the model asks, or cut
         into patches; a line where the input has no height and width, as sound, or does not say them, as
-        packed tokens without ids: set `size` then.
+        packed tokens without ids, or compiled before they were read: set `size` then.
 
         Raises:
             ValueError: where no such grid has as many tokens.
@@ -150,9 +151,8 @@ class Context:
             counts = {1, *(math.ceil(size.frames / over) for over in range(1, size.frames + 1))}
             for by in range(1, max(size.height, size.width) + 1):
                 height, width = math.ceil(size.height / by), math.ceil(size.width / by)
-                frames, rest = divmod(tokens, height * width)
-                if not rest and frames in counts:
-                    return Grid(frames, height, width)
+                if tokens % (height * width) == 0 and tokens // (height * width) in counts:
+                    return Grid(tokens // (height * width), height, width)
         if size is None:
             return Grid(1, 1, tokens)
         raise ValueError(
@@ -187,7 +187,7 @@ class Context:
             else:
                 self.size = _from_sizes(given) or self._from_ids(given.get("img_ids")) or self.size
         text = next((given[name] for name in TEXTS if given.get(name) is not None), None)
-        self.text = text.shape[1] if isinstance(text, Tensor) and text.ndim > 2 else None
+        self.text = text.shape[1] if isinstance(text, Tensor) and text.ndim > 2 else self.text
         timestep = given.get("timestep", given.get("t"))
         if "timestep" in self.wanted and timestep is not None and not isinstance(timestep, list | tuple):
             value = timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep

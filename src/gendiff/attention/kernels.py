@@ -58,6 +58,18 @@ class Call:
         mask = self.dense
         return self.replace(mask=bias if mask is None else additive(mask, bias.dtype) + bias, padding=False)
 
+    def part(self, rows: slice, queries: slice, q: Tensor, k: Tensor) -> "Call":
+        """What the same call asks for some rows of the batch and some of all queries."""
+        mask = self.dense
+        if self.causal:
+            seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+            mask = seen if mask is None else additive(mask, torch.float32) + additive(seen, torch.float32)
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.ndim)]
+            mask = mask[rows] if mask.shape[0] > 1 else mask
+            mask = mask[..., queries, :] if mask.shape[-2] > 1 else mask
+        return self.replace(mask=mask, causal=False, padding=False)
+
     def longer(self, keys: int) -> "Call":
         """The same call for more keys, of which those beyond the mask's all take part."""
         mask = self.dense

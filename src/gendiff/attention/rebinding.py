@@ -31,6 +31,15 @@ class Running(threading.local):
 running = Running()
 
 
+class Stacked:
+    """A mark of the classes that `rebound` makes."""
+
+
+def plain(kind: type) -> type:
+    """The class that a stacked one was made of, or the class itself."""
+    return kind.__mro__[1] if issubclass(kind, Stacked) else kind
+
+
 def method_of(kind: type) -> tuple[str, FunctionType | None]:
     """The method of a processor that computes, and its function where it is a plain one."""
     name = "__call__"
@@ -42,7 +51,7 @@ def method_of(kind: type) -> tuple[str, FunctionType | None]:
 
 def kernels_of(kind: type) -> tuple[str, ...]:
     """The names of the kernels that a processor class calls, by itself or in functions of its module."""
-    _, function = method_of(kind)
+    _, function = method_of(plain(kind))
     return () if function is None else _kernels(function)
 
 
@@ -83,15 +92,15 @@ def rebound(kind: type, through: Callable[[str, Method], Method], enter: Method)
         enter: `enter(run, plain, processor, layer, args, kwargs)` does the call: `run` is the method with our
             kernels, `plain` the class's own, both of the processor's unbound.
     """
-    name, plain = method_of(kind)
-    assert plain is not None
-    run = _copied(plain, through)
+    name, own = method_of(kind)
+    assert own is not None
+    run = _copied(own, through)
 
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        return enter(run, plain, self, attn, args, kwargs)
+        return enter(run, own, self, attn, args, kwargs)
 
-    functools.update_wrapper(call, plain)
-    call.__signature__ = inspect.signature(plain)  # layers ask for it at every call
+    functools.update_wrapper(call, own)
+    call.__signature__ = inspect.signature(own)  # layers ask for it at every call
     body = {
         name: call,
         "__module__": kind.__module__,
@@ -99,10 +108,6 @@ def rebound(kind: type, through: Callable[[str, Method], Method], enter: Method)
         "__doc__": kind.__doc__,
     }
     return type(kind.__name__, (kind, Stacked), body)
-
-
-class Stacked:
-    """A mark of the classes that `rebound` makes."""
 
 
 def _copied(function: FunctionType, through: Callable[[str, Method], Method]) -> FunctionType:

@@ -13,7 +13,7 @@ from gendiff.attention.context import Context
 from gendiff.attention.facts import fact_of
 from gendiff.attention.kernels import Call, Kernel, kernel_of, probabilities, together
 from gendiff.attention.middleware import HOOKS, Middleware
-from gendiff.attention.rebinding import Stacked, method_of, rebound, running
+from gendiff.attention.rebinding import Stacked, method_of, plain, rebound, running
 from gendiff.attention.site import Site, present
 from gendiff.attention.windows import Window
 
@@ -90,6 +90,7 @@ class Layer:
         self.site, self.processor = site, site.module.processor
         self.attachments: tuple[Attachment, ...] = ()
         self.kernel: Kernel | None = None
+        self.call: Call | None = None  # what the kernel was asked for, while `on_heads` runs
         self.main = 0  # which call of a kernel is the attention itself
         self.by_hook: dict[str, tuple[Attachment, ...]] = dict.fromkeys(HOOKS, ())
         self.contexts: tuple[Context, ...] = ()
@@ -112,7 +113,7 @@ class Layer:
         self.contexts = tuple(dict.fromkeys(one.context for one in self.attachments))
         self.inside = kernel is not None or any(self.by_hook[name] for name in INSIDE)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, plain: Plain) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, own: Plain) -> Tensor:
         """Attention with all that is attached."""
         site, hooks = self.site, self.by_hook
         keys = k.shape[-2]
@@ -135,13 +136,15 @@ class Layer:
                 probs = one.blend(probs, one.middleware.on_probs(site, one.context, probs))
             out = nn.functional.dropout(probs, call.dropout).to(v.dtype) @ v_all
         else:
-            out = plain(q, k, v, call) if self.kernel is None else self.kernel(q, k, v, call)
+            out = own(q, k, v, call) if self.kernel is None else self.kernel(q, k, v, call)
         for one in hooks["extra_kv"]:
             for keys, values, weight, mask in one.middleware.extra_kv(site, one.context, q):
                 more = kernel_of("sdpa")(q, keys, values, Call(mask=mask, scale=call.scale))
                 out = out + one.weighed(weight * more).to(out.dtype)
+        self.call = call
         for one in hooks["on_heads"]:
             out = one.blend(out, one.middleware.on_heads(site, one.context, out, q, k, v))
+        self.call = None
         return out
 
 
@@ -161,7 +164,7 @@ def through(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
             return kernel(query, key, value, *args, **kwargs)
         asked = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
 
-        def plain(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        def own(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
             given = asked
             if call.mask is not asked.get("attn_mask"):
                 _takes_bias(layer.site, asked)
@@ -173,7 +176,7 @@ def through(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
         if swaps:
             query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        out = layer.attend(query, key, value, _call_of(asked, padding=swaps), plain)
+        out = layer.attend(query, key, value, _call_of(asked, padding=swaps), own)
         return out.transpose(1, 2) if swaps else out
 
     return attend
@@ -192,7 +195,7 @@ def _call_of(asked: dict[str, Any], padding: bool) -> Call:
 
 def enter(
     run: Callable[..., Any],
-    plain: Callable[..., Any],
+    own: Callable[..., Any],
     processor: Any,
     module: nn.Module,
     args: tuple[Any, ...],
@@ -201,7 +204,7 @@ def enter(
     """A call of a processor, announced to the kernels inside of it."""
     layer = layer_of(module)
     if layer is None:
-        return plain(processor, module, *args, **kwargs)
+        return own(processor, module, *args, **kwargs)
     for one in layer.by_hook["on_inputs"]:
         args, kwargs = _changed_inputs(one, layer, args, kwargs)
     if layer.site.kind == "joint":  # networks may put tokens of their own before the text
@@ -304,5 +307,5 @@ def swap_out(module: nn.Module, layer: Layer) -> None:
         setattr(processor, COUNT, left)
     else:
         delattr(processor, COUNT)
-        processor.__class__ = type(processor).__mro__[1]
+        processor.__class__ = plain(type(processor))
     delattr(module, MARK)

@@ -35,6 +35,7 @@ class Site:
         kernels: names of the functions that its processor computes attention with; none for one that computes
             it in another way, whose inside no middleware can reach.
         module: the layer.
+        state: what middlewares keep for the layer, each under a key of its own.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Site:
     processor: str
     kernels: tuple[str, ...]
     module: nn.Module = field(repr=False)
+    state: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def grid(self) -> str:

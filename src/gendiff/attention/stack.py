@@ -79,7 +79,7 @@ class Stack:
                 f"a stack takes middlewares, got {type(middleware).__name__}; a whole processor is set by "
                 f"set_processor(model, processor, on=...)."
             )
-        found = tuple(self.sites.on(on))
+        found = tuple(map(_known, self.sites.on(on)))
         attachment = Attachment(middleware, self.context, rows, when, self._added)
         self._check(attachment, found)
         middleware.placed(found, self.context)
@@ -338,6 +338,12 @@ def stack(model: nn.Module, rows: Any = None) -> Stack:
 def signature(model: nn.Module) -> tuple[Any, ...]:
     """What a compiled or captured step of a model depends on: the signatures of the stacks on it."""
     return tuple(one.signature for one in unwrapped(model).__dict__.get(STACKS, ()))
+
+
+def _known(site: Site) -> Site:
+    """The object that hooks at a layer are given."""
+    layer = layer_of(site.module)
+    return site if layer is None else layer.site
 
 
 def _attach(site: Site, attachment: Attachment | None, kernel: Kernel | None = None) -> None:
