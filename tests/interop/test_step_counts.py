@@ -46,6 +46,10 @@ CASES = [
 ]
 
 
+def is_beta(case) -> bool:
+    return "use_beta_sigmas" in case.values[1]
+
+
 def has_steps(scheduler: GendiffScheduler, steps: int) -> None:
     """As many steps as asked for, one timestep an evaluation, all in the table, all coefficients finite."""
     scheduler.set_timesteps(steps)
@@ -67,15 +71,30 @@ def test_numbers_of_steps(name, settings) -> None:
         has_steps(scheduler, steps)
 
 
+def has_table(scheduler: GendiffScheduler, steps: int) -> None:
+    """As many timesteps and values as asked for, and every coefficient where it is looked at."""
+    table = table_of(scheduler.settings, Ask(steps=steps))
+    assert len(table.timesteps) == len(table.values) - 1 == steps
+    assert np.isfinite(table.timesteps).all()
+    assert np.isfinite(table.values[1:]).all()
+    if steps in PLANNED:
+        has_steps(scheduler, steps)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "settings"), CASES)
+@pytest.mark.parametrize(("name", "settings"), [case for case in CASES if not is_beta(case)])
 def test_every_number_of_steps(name, settings) -> None:
     """A table for each number; every coefficient for the first 64, the last 11 and each 59th between."""
     scheduler = GendiffScheduler.from_config({"_class_name": name, **settings})
     for steps in range(1, SIZE + 1):
-        table = table_of(scheduler.settings, Ask(steps=steps))
-        assert len(table.timesteps) == len(table.values) - 1 == steps
-        assert np.isfinite(table.timesteps).all()
-        assert np.isfinite(table.values[1:]).all()
-        if steps in PLANNED:
-            has_steps(scheduler, steps)
+        has_table(scheduler, steps)
+
+
+@pytest.mark.slow
+def test_every_number_of_steps_of_beta_sigmas() -> None:
+    """The classes together, which share the quantiles of a number of steps."""
+    cases = [case.values for case in CASES if is_beta(case)]
+    schedulers = [GendiffScheduler.from_config({"_class_name": name, **settings}) for name, settings in cases]
+    for steps in range(1, SIZE + 1):
+        for scheduler in schedulers:
+            has_table(scheduler, steps)

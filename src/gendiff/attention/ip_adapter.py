@@ -388,7 +388,8 @@ def _ordered(model: nn.Module | Sites, on: On) -> list[Site]:
 
 
 def _linears(site: Site) -> tuple[nn.Linear, nn.Linear]:
-    k, v = getattr(site.module, "to_k", None), getattr(site.module, "to_v", None)
+    parts = (getattr(site.module, name, None) for name in ("to_k", "to_v"))
+    k, v = (getattr(part, "base_layer", part) for part in parts)  # an adapter of peft is round it
     if not isinstance(k, nn.Linear) or not isinstance(v, nn.Linear):
         raise ValueError(f"{site.name} has no linear keys and values to begin with; select others.")
     return k, v
