@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gendiff import Denoiser, Guider, cfg
-from gendiff.attention import Kind, Middleware, sites, stack
+from gendiff.attention import Call, Kind, Middleware, sites, stack
 from gendiff.attention.context import Context, Grid
 from gendiff.math import Rectified
 from gendiff.sampling.static import fingerprint
@@ -95,7 +95,6 @@ def test_a_captured_step_is_for_what_is_attached() -> None:
         (Grid(1, 9, 13), 35, (1, 5, 7)),
         (Grid(3, 8, 12), 72, (3, 4, 6)),
         (Grid(5, 8, 12), 72, (3, 4, 6)),
-        (None, 50, (1, 1, 50)),
     ],
 )
 def test_how_tokens_lie(size, tokens, grid) -> None:
@@ -126,9 +125,32 @@ def test_rows_that_do_not_fit() -> None:
         Context(("a", "a"))
     with pytest.raises(ValueError, match=r"rows are names in the order of the batch"):
         Context("cond")
+    with pytest.raises(ValueError, match=r"the rows 'b' are none, or some are another part's too"):
+        Context({"a": slice(0, 2), "b": slice(1, 3)})
+    with pytest.raises(ValueError, match=r"the rows 'a' go from a number to another"):
+        Context({"a": slice(2)})
     named = Context({"first": slice(0, 1), "rest": slice(1, 3)})
     named.batch = 3
     assert named.rows_of("rest", 12) == slice(4, 12)  # frames are folded into the batch
+    with pytest.raises(ValueError, match=r"the layer runs on 1 rows at a time, and the batch has 3"):
+        named.rows_of("rest", 1)
+
+
+def test_what_has_no_size_is_no_grid() -> None:
+    context, site = Context(), sites(build(UNET))[0]
+    with pytest.raises(
+        ValueError, match=r"50 tokens at .* are no grid of the network's input of None; say how"
+    ):
+        context.grid(site, 50)
+    assert context.grid(site, 50, line=True) == (1, 1, 50)
+
+
+def test_masks_of_appended_and_removed_keys() -> None:
+    mask = torch.tensor([[True, False, True]])
+    assert torch.equal(Call(mask=mask).longer(5).mask, torch.tensor([[True, False, True, True, True]]))
+    assert torch.equal(Call(mask=mask.float()).longer(4).mask, torch.tensor([[1.0, 0.0, 1.0, 0.0]]))
+    with pytest.raises(ValueError, match=r"masks 3 keys and a middleware leaves 2 of them"):
+        Call(mask=mask).longer(2)
 
 
 def test_the_root_is_called_by_keyword_or_place() -> None:

@@ -49,7 +49,6 @@ class Sums:
         """Whether anything was added since it was made or cleared; nothing is read from the device."""
         return self.total._version != self._clean
 
-    @torch.compiler.assume_constant_result
     def ready(self, text: int, height: int, width: int, device: torch.device) -> bool:
         """Take memory for maps of that size, where there is none.
 
@@ -83,6 +82,9 @@ class Sums:
             if sums is self or not (sums.width != self.width or sums.used or sums._met):
                 sums._make(shape, device)
         return True
+
+    # what torch.compiler.assume_constant_result sets, which loads the compiler for it
+    ready._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
     def _make(self, shape: tuple[int, ...], device: torch.device) -> None:
         self.total, self.count = torch.zeros(shape, device=device), torch.zeros((), device=device)
@@ -207,7 +209,7 @@ class Capture(Middleware):
         part = slice(None) if rows is None else context.rows_of(rows, len(q))
         call = call.part(part, image, q, k)
         q, k = q[part][:, :, image], k[part]
-        grid = context.grid(site, q.shape[2])
+        grid = context.grid(site, q.shape[2], line=True)
         sums.ready(text, *(self.size or (grid.height, grid.width)), q.device)
         columns = slice(first, first + text) if sums.columns is None else sums.columns + first
         new = seen(q, k, call, columns, self.chunk).T.unflatten(1, tuple(grid)).mean(1)

@@ -79,6 +79,8 @@ class Context:
             )
         if isinstance(rows, Sequence) and len(set(rows)) != len(rows):
             raise ValueError(f"every part of a batch has a name of its own, got {rows!r}.")
+        if isinstance(rows, Mapping):
+            _refuse_slices(rows)
         self._rows = rows
 
     @property
@@ -109,6 +111,11 @@ class Context:
 
     def _spread(self, part: slice, batch: int) -> slice:
         """A slice of the network's batch among the rows of a layer that folds frames into the batch."""
+        if self.batch and batch % self.batch:
+            raise ValueError(
+                f"the layer runs on {batch} rows at a time, and the batch has {self.batch}: it does not see "
+                f"it whole, so that nothing can be limited to rows of it there."
+            )
         times = batch // self.batch if self.batch else 1
         return slice(part.start * times, part.stop * times)
 
@@ -134,12 +141,12 @@ class Context:
         """Begin another run: the next call of the network is step 0."""
         self.step.fill_(-1 if self._counts else 0)
 
-    def grid(self, site: Site, tokens: int) -> Grid:
-        """How the tokens of an image lie at a site.
+    def grid(self, site: Site, tokens: int, *, line: bool = False) -> Grid:
+        """How the tokens of an image lie at a site; of an input without a size, if `line`, in a line.
 
         They are those of the network's input, halved as often as the layer's place in the model asks, or cut
-        into patches; a line where the input has no height and width, as sound, or does not say them, as
-        packed tokens without ids, or compiled before they were read: set `size` then.
+        into patches. The input may have no height and width, as sound, or not say them, as packed tokens
+        without ids, or with ids that were compiled before they were read: set `size` then.
 
         Raises:
             ValueError: where no such grid has as many tokens.
@@ -153,7 +160,7 @@ class Context:
                 height, width = math.ceil(size.height / by), math.ceil(size.width / by)
                 if tokens % (height * width) == 0 and tokens // (height * width) in counts:
                     return Grid(tokens // (height * width), height, width)
-        if size is None:
+        if size is None and line:
             return Grid(1, 1, tokens)
         raise ValueError(
             f"{tokens} tokens at {site.name} are no grid of the network's input of {size}; say how they lie "
@@ -205,6 +212,17 @@ class Context:
             height, width = (int(places[:, axis].max() - places[:, axis].min()) + 1 for axis in (1, 2))
             self._read = key, Grid(1, height, width) if height * width == len(places) else None
         return self._read[1]
+
+
+def _refuse_slices(rows: Mapping[str, slice]) -> None:
+    """Raise unless the parts are rows from a number to a later one, and no two share one."""
+    last = 0
+    for name, part in sorted(rows.items(), key=lambda item: item[1].start or 0):
+        if not (isinstance(part.start, int) and isinstance(part.stop, int) and part.step is None):
+            raise ValueError(f"the rows {name!r} go from a number to another, as slice(0, 2), got {part}.")
+        if not last <= part.start < part.stop:
+            raise ValueError(f"the rows {name!r} are none, or some are another part's too, in {dict(rows)}.")
+        last = part.stop
 
 
 def _capturing(x: Tensor) -> bool:

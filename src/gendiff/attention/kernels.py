@@ -76,6 +76,11 @@ class Call:
         if mask is None or mask.shape[-1] in (1, keys):
             return self
         more = keys - mask.shape[-1]
+        if more < 0:
+            raise ValueError(
+                f"the layer masks {mask.shape[-1]} keys and a middleware leaves {keys} of them: which, the "
+                f"mask does not know; select layers without a mask."
+            )
         value = True if mask.dtype == torch.bool else 0.0
         return self.replace(mask=functional.pad(mask, (0, more), value=value), padding=False)
 

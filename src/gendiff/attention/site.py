@@ -144,11 +144,18 @@ def kind_of(name: str, layer: nn.Module, stage: str, known: str) -> str:
     if present(layer, "add_q_proj"):
         return "joint"
     crossing = getattr(layer, "is_cross_attention", None)
-    if crossing is None:
-        crossing = last in ("attn2", "cross_attn", "cross_attention") or "Cross" in type(layer).__name__
+    if not crossing:
+        crossing = last == "attn2" or "cross_attn" in last or "cross_attention" in last or is_bridge(name)
+        crossing = crossing or "Cross" in type(layer).__name__
     if crossing:
         return "cross"
     return "single" if stage == "single" else "self"
+
+
+def is_bridge(name: str) -> bool:
+    """Whether a layer's name says that it is from one stream of data to another, neither of them text."""
+    last = name.split(".")[-1]
+    return "_to_" in last or last.startswith(("av_", "va_"))
 
 
 def is_plain(layer: nn.Module) -> bool:

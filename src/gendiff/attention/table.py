@@ -10,7 +10,7 @@ from torch import nn
 from gendiff.attention.facts import fact_of
 from gendiff.attention.rebinding import kernels_of, plain
 from gendiff.attention.selectors import On, selected
-from gendiff.attention.site import Site, family_of, heads_of, is_layer, kind_of, stage_of
+from gendiff.attention.site import Site, family_of, heads_of, is_bridge, is_layer, kind_of, stage_of
 
 COLUMNS = ("name", "kind", "heads", "head_dim", "stage", "depth", "text", "outputs", "grid", "processor")
 MARKS = ("to_q", "to_qkv", "q_proj", "qkv", "query_projection")
@@ -132,7 +132,7 @@ def _site(name: str, layer: nn.Module, heads: frozenset[str], over_frames: bool)
         head_dim=dim,
         stage=stage,
         depth=0.0,
-        text=(fact.text if kind in MIXED else "") or TEXT.get(kind, "none"),
+        text="none" if is_bridge(name) else (fact.text if kind in MIXED else "") or TEXT.get(kind, "none"),
         outputs=(fact.outputs if kind in MIXED else 0) or (2 if kind == "joint" else 1),
         family=family_of(layer),
         processor=processor.__name__,
