@@ -228,3 +228,39 @@ def test_processors_of_diffusers_fit_their_families() -> None:
     sd3 = build(SD3)
     with set_processor(sd3, type(sites(sd3)[0].module.processor)):
         said(sd3, SD3)
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Indirect:
+    """Whose kernel is called by a function, in a method."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        parts = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+        heads = [part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts]
+        return attn.to_out[0](self.attended(heads).transpose(1, 2).flatten(2))
+
+    def attended(self, heads):
+        return attend(*heads)
+
+
+def test_a_kernel_in_a_method_or_a_function_is_reached(unet) -> None:
+    with set_processor(unet, Indirect), stack(unet) as one:
+        halved = Halved()
+        plain = said(unet, UNET)
+        one.add(halved)
+        assert not torch.allclose(said(unet, UNET), plain, atol=1e-3)
+        assert len(halved.seen) == len(one.sites)
+
+
+def test_where_the_text_is_does_not_depend_on_the_users_processor() -> None:
+    model = build(SD3)
+
+    class Mine(type(sites(model)[0].module.processor)): ...
+
+    with set_processor(model, Mine, on=Kind.JOINT):
+        found = sites(model).on(Kind.JOINT)
+        assert {(site.processor, site.text) for site in found} == {("Mine", "last")}

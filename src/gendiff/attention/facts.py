@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+from torch import nn
+
+CHAIN = "_gendiff_processors"  # the processors that a layer had, of a list on it
+
 
 class Fact(NamedTuple):
     """What is known of a processor class.
@@ -33,6 +37,7 @@ FACTS: dict[str, Fact] = {
     "HunyuanVideoAttnProcessor2_0": _JOINT_LAST,
     "Ideogram4AttnProcessor": Fact("single"),
     "JointAttnProcessor2_0": Fact(text="last"),
+    "JointReferenceProcessor": Fact(text="last"),
     "JoyImageAttnProcessor": Fact("joint", "last", 2),
     "JoyImageEditPlusAttnProcessor": Fact("joint", "last", 2),
     "Krea2AttnProcessor": Fact("single"),
@@ -60,11 +65,12 @@ AXES = {  # of a video that is given to a model whose class begins so, where the
 }
 
 
+def fact_at(layer: nn.Module, processor: type) -> Fact:
+    """The row of a layer's processor; where it has none, of the one that the layer had at first."""
+    first = [type(placed.processor) for placed in vars(layer).get(CHAIN, ())[:1]]
+    return next((FACTS[kind.__name__] for kind in (processor, *first) if kind.__name__ in FACTS), NONE)
+
+
 def axes_of(model: str) -> str:
     """What the axes of a video are, by the class of the model that is given one."""
     return next((axes for name, axes in AXES.items() if model.startswith(name)), "CFHW")
-
-
-def fact_of(processor: str) -> Fact:
-    """The row of a processor class."""
-    return FACTS.get(processor, NONE)

@@ -5,9 +5,8 @@ from typing import Any, final
 
 from torch import nn
 
+from gendiff.attention.facts import CHAIN
 from gendiff.attention.run import layer_of, swap_in, swap_out
-
-CHAIN = "_gendiff_processors"
 
 
 @final

@@ -49,19 +49,21 @@ def method_of(kind: type) -> tuple[str, FunctionType | None]:
     return name, found if isinstance(found, FunctionType) else None
 
 
-def kernels_of(kind: type) -> tuple[str, ...]:
-    """The names of the kernels that a processor class calls, by itself or in functions of its module."""
-    _, function = method_of(plain(kind))
-    return () if function is None else _kernels(function)
-
-
 @functools.cache
-def _kernels(function: FunctionType) -> tuple[str, ...]:
+def kernels_of(kind: type) -> tuple[str, ...]:
+    """The names of the kernels that a processor class calls, by itself, in its methods or in functions."""
+    kind = plain(kind)
+    _, function = method_of(kind)
+    return () if function is None else tuple(sorted(_kernels(function, kind, frozenset())))
+
+
+def _kernels(function: FunctionType, kind: type, seen: frozenset[FunctionType]) -> set[str]:
     names = _names(function.__code__)
     found = {name for name in KERNELS if name in names}
-    for helper in _helpers(function, names):
-        found |= set(_kernels(helper))
-    return tuple(sorted(found))
+    for helper in (*_helpers(function, names).values(), *_methods(kind, names).values()):
+        if helper not in seen:
+            found |= _kernels(helper, kind, seen | {function})
+    return found
 
 
 def _names(code: CodeType) -> set[str]:
@@ -70,16 +72,26 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, nested))
 
 
-def _helpers(function: FunctionType, names: set[str]) -> list[FunctionType]:
-    """Functions of the same module that a function calls by name."""
-    values = (function.__globals__.get(name) for name in names if name not in KERNELS)
-    return [
-        value
-        for value in values
+def _helpers(function: FunctionType, names: set[str]) -> dict[str, FunctionType]:
+    """Functions that a function knows by a global name; not torch's, which are no processor's."""
+    known = ((name, function.__globals__.get(name)) for name in sorted(names) if name not in KERNELS)
+    return {
+        name: value
+        for name, value in known
         if isinstance(value, FunctionType)
-        and value.__globals__ is function.__globals__
         and value is not function
-    ]
+        and not value.__module__.startswith("torch.")
+    }
+
+
+def _methods(kind: type, names: set[str]) -> dict[str, FunctionType]:
+    """Methods of a class that are called by one of the names; not what every object or module has."""
+    known = ((name, inspect.getattr_static(kind, name, None)) for name in sorted(names))
+    return {
+        name: value
+        for name, value in known
+        if isinstance(value, FunctionType) and name[:2] != "__" and not hasattr(nn.Module, name)
+    }
 
 
 @functools.cache
@@ -94,7 +106,12 @@ def rebound(kind: type, through: Callable[[str, Method], Method], enter: Method)
     """
     name, own = method_of(kind)
     assert own is not None
-    run = _copied(own, through)
+    run = _copied(own, kind, through)
+    inner = {
+        key: _copied(method, kind, through)
+        for key, method in inspect.getmembers_static(kind, lambda one: isinstance(one, FunctionType))
+        if method is not own and key[:2] != "__" and _kernels(method, kind, frozenset())
+    }
 
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return enter(run, own, self, attn, args, kwargs)
@@ -102,6 +119,7 @@ def rebound(kind: type, through: Callable[[str, Method], Method], enter: Method)
     functools.update_wrapper(call, own)
     call.__signature__ = inspect.signature(own)  # layers ask for it at every call
     body = {
+        **inner,
         name: call,
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -110,7 +128,7 @@ def rebound(kind: type, through: Callable[[str, Method], Method], enter: Method)
     return type(kind.__name__, (kind, Stacked), body)
 
 
-def _copied(function: FunctionType, through: Callable[[str, Method], Method]) -> FunctionType:
+def _copied(function: FunctionType, kind: type, through: Callable[[str, Method], Method]) -> FunctionType:
     """A function whose kernels are others, and so are those of the functions it calls."""
     names = _names(function.__code__)
     own = {key: value for key, value in function.__globals__.items() if key != "__name__"}
@@ -120,9 +138,9 @@ def _copied(function: FunctionType, through: Callable[[str, Method], Method]) ->
             own[key] = through(key, value)
         elif isinstance(value, ModuleType):
             own[key] = _with_kernels(value, names, through)
-    for helper in _helpers(function, names):
-        if _kernels(helper):
-            own[helper.__name__] = _copied(helper, through)
+    for key, helper in _helpers(function, names).items():
+        if _kernels(helper, kind, frozenset({function})):
+            own[key] = _copied(helper, kind, through)
     copy = FunctionType(
         function.__code__, own, function.__name__, function.__defaults__, function.__closure__
     )

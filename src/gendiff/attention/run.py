@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gendiff.attention.context import Context
-from gendiff.attention.facts import fact_of
+from gendiff.attention.facts import fact_at
 from gendiff.attention.kernels import Call, Kernel, kernel_of, probabilities, together
 from gendiff.attention.middleware import HOOKS, Middleware
 from gendiff.attention.rebinding import Stacked, method_of, plain, rebound, running
@@ -286,7 +286,7 @@ def swap_in(module: nn.Module, layer: Layer) -> None:
     processor = module.processor
     kind = type(processor)
     layer.processor = processor
-    layer.main = fact_of(kind.__name__).main if present(module, "add_k_proj") else 0
+    layer.main = fact_at(module, plain(kind)).main if present(module, "add_k_proj") else 0
     layer.other = _place_of(kind, "encoder_hidden_states")
     if not issubclass(kind, Stacked):
         try:

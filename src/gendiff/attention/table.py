@@ -7,7 +7,7 @@ from typing import final, overload
 
 from torch import nn
 
-from gendiff.attention.facts import fact_of
+from gendiff.attention.facts import fact_at
 from gendiff.attention.rebinding import kernels_of, plain
 from gendiff.attention.selectors import On, selected
 from gendiff.attention.site import Site, family_of, heads_of, is_bridge, is_layer, kind_of, stage_of
@@ -121,7 +121,7 @@ def _order(site: Site) -> int:
 
 def _site(name: str, layer: nn.Module, heads: frozenset[str], over_frames: bool) -> Site:
     processor = plain(type(layer.processor))
-    fact = fact_of(processor.__name__)
+    fact = fact_at(layer, processor)
     stage = stage_of(name, heads)
     kind = "temporal" if over_frames else kind_of(name, layer, stage, fact.kind)
     count, dim = heads_of(layer)
