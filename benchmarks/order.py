@@ -60,7 +60,7 @@ SOLVERS: tuple[Solver, ...] = (
     *(DPMpp(order) for order in (2, 3)),
     *(Exponential(order) for order in (2, 3, 4)),
     *(DEIS(order) for order in (2, 3)),
-    *(UniPC(order) for order in (2, 3)),
+    *(UniPC(order) for order in (1, 2, 3)),
     DDPM(),
     DDPM("fixed_large"),
     DDIM(eta=0.5),

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from local_pipeline import arguments
 from torch import Tensor
 
-from gendiff.attention import Kind, Middleware, project, register, set_processor, stack
-from gendiff.attention.check import check_processor
+from gendiff.attention import Kind, Middleware, check_processor, project, register, set_processor, stack
 from gendiff.testing import tiny_pipeline
 
 
