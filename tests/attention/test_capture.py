@@ -7,8 +7,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 from gendiff.attention import Call, Grid, Kind, Steps, sites, stack
-from gendiff.attention.capture import Capture, seen, words_of
+from gendiff.attention.capture import Capture, seen
 from gendiff.attention.kernels import probabilities
+from gendiff.attention.words import words_of
 from tests.attention.models import FLUX, SD3, UNET, Kept, build, run, said, state
 from tests.zoo import QUIET, ZOO
 from tests.zoo.core import noise

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from gendiff.attention import Grid, Kind, Stage, stack
-from gendiff.attention.ip_adapter import PLAIN, IPAdapter
+from gendiff.attention.ip_adapter import IPAdapter
+from gendiff.attention.ip_layout import PLAIN
 from tests.attention.models import FLUX, SD3, UNET, build, run, said, state
 from tests.zoo.core import noise
 

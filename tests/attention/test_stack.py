@@ -464,7 +464,7 @@ def gradients(model, name, checkpointing=False, middlewares=(), leave=False):
         out.square().mean().backward()
         found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     finally:
-        one._waiting = 0
+        one._passes.waiting = 0
         one.remove()
         model.zero_grad()
         model.disable_gradient_checkpointing()

@@ -1,7 +1,6 @@
 """Attention layers of any model of diffusers: found, given processors, stacked on, and undone exactly."""
 
 from gendiff.attention.capture import Capture as Capture
-from gendiff.attention.capture import words_of as words_of
 from gendiff.attention.check import check_processor as check_processor
 from gendiff.attention.context import Context as Context
 from gendiff.attention.context import Grid as Grid
@@ -45,3 +44,4 @@ from gendiff.attention.table import sites as sites
 from gendiff.attention.temperature import Temperature as Temperature
 from gendiff.attention.windows import Steps as Steps
 from gendiff.attention.windows import Times as Times
+from gendiff.attention.words import words_of as words_of

@@ -1,9 +1,7 @@
 """Maps of which image tokens look at which words, gathered while a model samples."""
 
 import itertools
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -16,86 +14,11 @@ from gendiff.attention.kernels import Call, probabilities
 from gendiff.attention.middleware import Middleware
 from gendiff.attention.run import Attachment, layer_of
 from gendiff.attention.site import Site
+from gendiff.attention.sums import Sums
+from gendiff.attention.words import Tokens, kept
 
 TEXTUAL = ("cross", "joint", "single")
-Tokens: TypeAlias = Mapping[str, Sequence[int]] | Sequence[int] | None
 _numbers = itertools.count()
-
-
-@final
-class Sums:
-    """What was gathered at one site, in tensors that stay where they are: a replayed graph adds to them.
-
-    Args:
-        site: the site.
-        tokens: places of the tokens among those of the text; None is all.
-        peers: the sums of every site of the capture.
-
-    Attributes:
-        total: sum of the maps [tokens, H, W], float32.
-        count: how many maps it is the sum of, float32 scalar.
-        columns: the places, on the device; None is all.
-    """
-
-    def __init__(self, site: Site, tokens: Sequence[int] | None, peers: Mapping[str, "Sums"]) -> None:
-        self.site, self.tokens, self.peers = site.name, tokens, peers
-        self.width = site.heads, site.head_dim
-        self.total, self.count = torch.zeros(0), torch.zeros(())
-        self.columns: Tensor | None = None
-        self._clean, self._met = self.total._version, False
-
-    @property
-    def used(self) -> bool:
-        """Whether anything was added since it was made or cleared; nothing is read from the device."""
-        return self.total._version != self._clean
-
-    def ready(self, text: int, height: int, width: int, device: torch.device) -> bool:
-        """Take memory for maps of that size, where there is none.
-
-        While a graph is traced this runs at once and is no part of it. Sites as wide that were not met yet
-        get the same size, so that layers alike find what they need, and share one graph.
-
-        Raises:
-            IndexError: for a token behind the text's end.
-            RuntimeError: while a CUDA graph is being captured, which would hold the memory.
-            ValueError: where maps of another size were gathered already.
-        """
-        self._met = True
-        kept = text if self.tokens is None else len(self.tokens)
-        shape = (kept, height, width)
-        if tuple(self.total.shape) == shape and self.total.device == device:
-            return True
-        if self.tokens is not None and max(self.tokens) >= text:
-            raise IndexError(
-                f"the text has {text} tokens at {self.site}, and token {max(self.tokens)} is asked."
-            )
-        if self.used:
-            raise ValueError(
-                f"the maps of {self.site} were {tuple(self.total.shape)} before and are {shape} now; call "
-                f"reset() in between, or give the Capture a size that all are brought to."
-            )
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a Capture takes its memory in its first call, which is one before a CUDA graph."
-            )
-        for sums in self.peers.values():
-            if sums is self or not (sums.width != self.width or sums.used or sums._met):
-                sums._make(shape, device)
-        return True
-
-    # what torch.compiler.assume_constant_result sets, which loads the compiler for it
-    ready._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-    def _make(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.total, self.count = torch.zeros(shape, device=device), torch.zeros((), device=device)
-        self.columns = None if self.tokens is None else torch.tensor(self.tokens, device=device)
-        self._clean = self.total._version
-
-    def clear(self) -> None:
-        """Begin again, in the same memory."""
-        self.total.zero_()
-        self.count.zero_()
-        self._clean, self._met = self.total._version, False
 
 
 @final
@@ -142,7 +65,7 @@ class Capture(Middleware):
         size: tuple[int, int] | None = None,
         chunk: int = 512,
     ) -> None:
-        self.words, self._groups, self.tokens = _kept(tokens)
+        self.words, self._groups, self.tokens = kept(tokens)
         if reduce not in ("mean", "sum"):
             raise ValueError(unknown("reduction", reduce, ("mean", "sum")))
         if chunk < 1 or (size is not None and min(size) < 1):
@@ -283,62 +206,6 @@ def seen(q: Tensor, k: Tensor, call: Call, columns: slice | Tensor, chunk: int =
         probs = probabilities(q[:, :, rows], k, call.part(slice(None), rows, q, k))
         parts.append(probs[..., columns].mean((0, 1)))
     return torch.cat(parts)
-
-
-def words_of(tokenizer: Any, prompt: str, words: Sequence[str]) -> dict[str, list[int]]:
-    """Where words stand in a prompt, by the places of their tokens, for `Capture(tokens=...)`.
-
-    Args:
-        tokenizer: one of transformers, which pads at the end.
-        prompt: what the text encoder is given.
-        words: words or phrases of it; every occurrence counts.
-
-    Raises:
-        ValueError: for a word that the prompt has not, or whose tokens are cut off; for a tokenizer that
-            pads in front, whose places depend on the padding.
-    """
-    if getattr(tokenizer, "padding_side", "right") == "left":
-        raise ValueError(
-            f"{type(tokenizer).__name__} pads in front of the text; give the places of the tokens."
-        )
-    longest = getattr(tokenizer, "model_max_length", None)
-    limit = longest if isinstance(longest, int) and longest < 10**6 else None
-    ids = list(tokenizer(prompt).input_ids)
-    found = {word: _places(tokenizer, prompt, word, ids) for word in words}
-    for word, places in found.items():
-        if not places:
-            raise ValueError(unknown("word of the prompt", word, re.findall(r"\w+", prompt)))
-        if limit is not None and max(places) >= limit - 1:  # the last one is the end token's
-            raise ValueError(f"{word!r} is token {max(places)}, behind the {limit} that the tokenizer keeps.")
-    return found
-
-
-def _places(tokenizer: Any, prompt: str, word: str, ids: list[int]) -> list[int]:
-    if getattr(tokenizer, "is_fast", False):
-        spans = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
-        hits = [hit.span() for hit in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
-        return [i for i, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in hits)]
-    part = list(tokenizer(word, add_special_tokens=False).input_ids)
-    starts = [i for i in range(len(ids)) if part and ids[i : i + len(part)] == part]
-    return [i for start in starts for i in range(start, start + len(part))]
-
-
-def _kept(tokens: Tokens) -> tuple[tuple[str, ...], list[list[int]], tuple[int, ...] | None]:
-    """Words, for each of them the columns among those kept, and the places of what is kept."""
-    if tokens is None:
-        return (), [], None
-    if not isinstance(tokens, Mapping | Sequence):
-        raise TypeError(
-            f"tokens are places in the text, or those of words, got {type(tokens).__name__}: "
-            f"Capture(tokens=words_of(tokenizer, prompt, ['cat', 'hat']))."
-        )
-    several = [list(one) for one in tokens.values()] if isinstance(tokens, Mapping) else [list(tokens)]
-    flat = [place for one in several for place in one]
-    if not all(several) or not several or min(flat) < 0:
-        raise ValueError(f"tokens are places >= 0 in the text, at least one for a map, got {tokens}.")
-    ends = list(itertools.accumulate(map(len, several)))
-    groups = [list(range(end - len(one), end)) for one, end in zip(several, ends, strict=True)]
-    return (tuple(tokens), groups, tuple(flat)) if isinstance(tokens, Mapping) else ((), [], tuple(flat))
 
 
 def _spans(site: Site, context: Context, q: Tensor, k: Tensor) -> tuple[slice, int, int]:

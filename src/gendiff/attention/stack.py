@@ -6,15 +6,16 @@ from types import TracebackType
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import Variable
+from torch import nn
 
 from gendiff._checks import unknown
 from gendiff.attention.context import Context
+from gendiff.attention.explanation import Explanation
 from gendiff.attention.facts import axes_of
 from gendiff.attention.handle import Handle, changeable
 from gendiff.attention.kernels import Kernel, kernel_of
 from gendiff.attention.middleware import Middleware
+from gendiff.attention.passes import Passes
 from gendiff.attention.project import refuse_fused
 from gendiff.attention.run import INSIDE, Attachment, Layer, layer_of, swap_in, swap_out
 from gendiff.attention.selectors import On
@@ -44,7 +45,7 @@ class Stack:
         ]
         self._handles: list[Handle] = []
         self._hooks: list[Any] = []
-        self._added, self._waiting, self._touched = 0, 0, set[str]()
+        self._added, self._touched, self._passes = 0, set[str](), Passes()
 
     # ---- adding
 
@@ -189,7 +190,7 @@ class Stack:
             return
         self._hooks = [
             self.model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.model.register_forward_hook(self._leave),
+            self.model.register_forward_hook(self._passes.after_forward),
         ]
         self.model.__dict__.setdefault(STACKS, []).append(self)
 
@@ -215,13 +216,7 @@ class Stack:
                 what was attached; it is taken off nevertheless.
         """
         self._remove()
-        waiting, self._waiting = self._waiting, 0
-        if waiting:
-            raise RuntimeError(
-                f"{waiting} forward pass(es) with gradient checkpointing had no backward pass when the stack "
-                f"was taken off; it would compute the layers again without their middlewares, and give wrong "
-                f"gradients. Call backward inside the stack; without one, run it under torch.no_grad()."
-            )
+        self._passes.refuse_waiting()
 
     def _remove(self) -> None:
         for handle in reversed(self._handles):
@@ -237,7 +232,7 @@ class Stack:
         if kind is None:
             self.remove()
         else:
-            self._waiting = 0
+            self._passes.waiting = 0
             self._remove()
 
     # ---- around a call of the model
@@ -254,22 +249,6 @@ class Stack:
                     f"while a stack is on it, which therefore has no effect there; use "
                     f"attention.set_processor, or replace it before the stack."
                 )
-
-    def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
-            return
-        first = _first_tensor(output)
-        if first is None or not first.requires_grad or not _checkpointing(model):
-            return
-        self._waiting += 1
-
-        def begun(grad: Tensor) -> None:
-            Variable._execution_engine.queue_callback(done)
-
-        def done() -> None:
-            self._waiting -= 1
-
-        first.register_hook(begun)
 
     # ---- what is on
 
@@ -293,29 +272,9 @@ class Stack:
                 parts.append((*site.key, *ones, layer.kernel.name if layer.kernel else None))
         return tuple(parts)
 
-    def explain(self) -> "Explanation":
+    def explain(self) -> Explanation:
         """What is on at each layer, which kernel runs there, and why."""
-        rows: list[tuple[str, str, str, str]] = []
-        for site in self.sites:
-            layer = layer_of(site.module)
-            ones = layer.attachments if layer is not None else ()
-            rows.append((site.name, " > ".join(map(str, ones)) or "-", *_kernel_at(site, layer)))
-        return Explanation(rows)
-
-
-@final
-class Explanation:
-    """A table: site, middlewares in their order, kernel, reason."""
-
-    def __init__(self, rows: list[tuple[str, str, str, str]]) -> None:
-        self.rows = rows
-
-    def __repr__(self) -> str:
-        rows = [("site", "middlewares", "kernel", "why"), *self.rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return Explanation(self.sites)
 
 
 def stack(model: nn.Module, rows: Any = None) -> Stack:
@@ -379,29 +338,3 @@ def _reachable(site: Site, what: str) -> None:
             f"computes its attention in one piece, by none of the functions that a stack reaches; set "
             f"another processor there, or select other sites."
         )
-
-
-def _kernel_at(site: Site, layer: Layer | None) -> tuple[str, str]:
-    if not site.kernels:
-        return "its own", f"{site.processor} computes attention itself"
-    if layer is not None and layer.by_hook["on_probs"]:
-        names = ", ".join(type(one.middleware).__name__ for one in layer.by_hook["on_probs"])
-        return "eager", f"{names} changes the probabilities, which no fast kernel has"
-    if layer is not None and layer.kernel is not None:
-        return layer.kernel.name, "chosen"
-    own = "torch" if "scaled_dot_product_attention" in site.kernels else "diffusers' dispatch"
-    biased = layer is not None and bool(layer.by_hook["on_bias"])
-    return own, "the processor's own" + (", with a mask" if biased else "")
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    values = (
-        output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
-    )
-    return next((found for value in values if (found := _first_tensor(value)) is not None), None)
-
-
-def _checkpointing(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
