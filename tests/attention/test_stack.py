@@ -352,6 +352,57 @@ def test_a_kernel_is_used_where_it_is_chosen_and_refuses_what_it_would_drop(unet
         del KERNELS["mine"]
 
 
+def test_a_chosen_kernel_and_probabilities_are_refused_together(unet) -> None:
+    before = state(unet)
+    message = (
+        r"Kept changes the probabilities at .*, which the kernel 'sdpa' that is chosen there does not have"
+    )
+    with stack(unet) as one:
+        one.kernel("sdpa", on=Kind.SELF)
+        one.add(Kept(), on=Kind.CROSS)
+        with pytest.raises(ValueError, match=message):
+            one.add(Kept())
+        with pytest.raises(ValueError, match=message):
+            one.kernel("sdpa", on=Kind.CROSS)
+    assert state(unet) == before
+
+
+def test_what_had_no_effect_is_an_error(unet) -> None:
+    """A processor that calls its kernel in some cases only."""
+
+    class Sometimes:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            if attn.heads == 0:
+                return nn.functional.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states)
+            return hidden_states
+
+    with attention.set_processor(unet, Sometimes, on=Stage.MID), stack(unet) as one:
+        one.add(Halved())
+        with pytest.raises(
+            RuntimeError, match=r"Sometimes at mid_block.* called 0 kernels, and what is stacked"
+        ):
+            said(unet, UNET)
+
+
+def test_all_layers_are_attached_or_none() -> None:
+    class Slotted:
+        __slots__ = ()
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            return nn.functional.scaled_dot_product_attention(hidden_states, hidden_states, hidden_states)
+
+    unet = build(UNET)
+    site = sites(unet)[-1]
+    site.module.processor = Slotted()
+    before = [type(s.module.processor) for s in sites(unet)]
+    with (
+        stack(unet) as one,
+        pytest.raises(TypeError, match=r"the processor Slotted of .* cannot be stacked on"),
+    ):
+        one.add(Halved())
+    assert [type(s.module.processor) for s in sites(unet)] == before
+
+
 def test_a_back_end_that_drops_masks_is_refused() -> None:
     model = build(FLUX)
 

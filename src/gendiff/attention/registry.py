@@ -98,7 +98,7 @@ def set_processor(
     changeable()
     found = tuple(sites(model).on(on))
     chosen = _chosen(processor, found)
-    pairs = [(site, _made(what, site, len(found))) for site, what in chosen]
+    pairs = [(site, made_for(what, site, len(found))) for site, what in chosen]
     for site, made in pairs:
         refuse_misfit(made, site)
         refuse_fused(site.module, site.name, made)
@@ -127,7 +127,7 @@ def _chosen(processor: Any, found: tuple[Site, ...]) -> list[tuple[Site, Any]]:
     return [(by_name[name], one) for name, one in chosen.items()]
 
 
-def _made(processor: Any, site: Site, count: int) -> Any:
+def made_for(processor: Any, site: Site, count: int) -> Any:
     """The processor of one layer."""
     if isinstance(processor, str):
         if processor not in PROCESSORS:

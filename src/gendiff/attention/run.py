@@ -138,13 +138,15 @@ class Layer:
         else:
             out = own(q, k, v, call) if self.kernel is None else self.kernel(q, k, v, call)
         for one in hooks["extra_kv"]:
-            for keys, values, weight, mask in one.middleware.extra_kv(site, one.context, q):
-                more = kernel_of("sdpa")(q, keys, values, Call(mask=mask, scale=call.scale))
+            for k_more, v_more, weight, mask in one.middleware.extra_kv(site, one.context, q):
+                more = kernel_of("sdpa")(q, k_more, v_more, Call(mask=mask, scale=call.scale))
                 out = out + one.weighed(weight * more).to(out.dtype)
         self.call = call
-        for one in hooks["on_heads"]:
-            out = one.blend(out, one.middleware.on_heads(site, one.context, out, q, k, v))
-        self.call = None
+        try:
+            for one in hooks["on_heads"]:
+                out = one.blend(out, one.middleware.on_heads(site, one.context, out, q, k, v))
+        finally:
+            self.call = None
         return out
 
 
@@ -216,8 +218,14 @@ def enter(
     running.layer, running.calls = layer, 0
     try:
         out = run(processor, module, *args, **kwargs)
+        called = running.calls
     finally:
         running.layer, running.calls = before, calls
+    if layer.inside and called <= layer.main:
+        raise RuntimeError(
+            f"{type(processor).__name__} at {layer.site.name} called {called} kernels, and what is stacked "
+            f"there works inside of number {layer.main + 1}: it had no effect. Select other sites."
+        )
     for one in layer.by_hook["on_output"]:
         out = _changed_output(one, layer, out)
     return out

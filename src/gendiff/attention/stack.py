@@ -45,7 +45,8 @@ class Stack:
         ]
         self._handles: list[Handle] = []
         self._hooks: list[Any] = []
-        self._added, self._touched, self._passes = 0, set[str](), Passes()
+        self._added, self._passes = 0, Passes()
+        self._touched: dict[str, Site] = {}
 
     # ---- adding
 
@@ -87,13 +88,11 @@ class Stack:
         trained = self._registered(middleware, name)
         self._added += 1
         self.context.wanted |= {*middleware.needs, *(("step",) if isinstance(when, Steps) else ())}
-        for site in found:
-            _attach(site, attachment)
+        _attach(found, attachment)
         self._begin(found)
 
         def undo() -> None:
-            for site in found:
-                _detach(site, attachment)
+            _detach(found, attachment)
             if trained is not None:
                 self._unregister(trained)
             self._end()
@@ -115,14 +114,14 @@ class Stack:
                     f"{site.name} has the kernel {layer.kernel.name!r} already, and {chosen.name!r} is "
                     f"chosen too."
                 )
+            if layer is not None and layer.by_hook["on_probs"]:
+                raise ValueError(_no_probabilities(chosen, layer.by_hook["on_probs"][0], site))
             _reachable(site, f"the kernel {chosen.name!r}")
-        for site in found:
-            _attach(site, None, chosen)
+        _attach(found, None, chosen)
         self._begin(found)
 
         def undo() -> None:
-            for site in found:
-                _detach(site, None, chosen)
+            _detach(found, None, chosen)
             self._end()
 
         return self._kept(Handle(undo, f"kernel {chosen.name} at {len(found)} sites", chosen))
@@ -148,6 +147,8 @@ class Stack:
             if any(hook in INSIDE for hook in middleware.hooks):
                 _reachable(site, what)
             layer = layer_of(site.module)
+            if layer is not None and layer.kernel is not None and "on_probs" in middleware.hooks:
+                raise ValueError(_no_probabilities(layer.kernel, new, site))
             for old in layer.attachments if layer is not None else ():
                 both = set(old.middleware.exclusive) & set(middleware.exclusive)
                 apart = old.rows is not None and new.rows is not None and old.rows != new.rows
@@ -185,7 +186,7 @@ class Stack:
         return handle
 
     def _begin(self, found: tuple[Site, ...]) -> None:
-        self._touched |= {site.name for site in found}
+        self._touched |= {site.name: site for site in found}
         if self._hooks:
             return
         self._hooks = [
@@ -195,9 +196,7 @@ class Stack:
         self.model.__dict__.setdefault(STACKS, []).append(self)
 
     def _end(self) -> None:
-        if any(layer_of(site.module) for site in self.sites if site.name in self._touched) and any(
-            handle.attached for handle in self._handles
-        ):
+        if any(handle.attached for handle in self._handles):
             return
         for hook in self._hooks:
             hook.remove()
@@ -206,7 +205,7 @@ class Stack:
             stacks.remove(self)
             if not stacks:
                 del self.model.__dict__[STACKS]
-        self._hooks, self._touched = [], set()
+        self._hooks, self._touched = [], {}
 
     def remove(self) -> None:
         """Take everything off: the same objects in their places.
@@ -241,7 +240,7 @@ class Stack:
         self.context.enter({**dict(zip(self._names, args, strict=False)), **kwargs})
         if torch.compiler.is_compiling():
             return
-        for site in self.sites:
+        for site in self._touched.values():
             layer = layer_of(site.module)
             if layer is not None and site.module.processor is not layer.processor:
                 raise RuntimeError(
@@ -305,22 +304,32 @@ def _known(site: Site) -> Site:
     return site if layer is None else layer.site
 
 
-def _attach(site: Site, attachment: Attachment | None, kernel: Kernel | None = None) -> None:
-    layer = layer_of(site.module)
-    if layer is None:
-        layer = Layer(site)
-        swap_in(site.module, layer)
+def _attach(found: tuple[Site, ...], attachment: Attachment | None, kernel: Kernel | None = None) -> None:
+    """Attach at all of the sites, or at none."""
     more = () if attachment is None else (attachment,)
-    layer.set((*layer.attachments, *more), kernel or layer.kernel)
+    done: list[Site] = []
+    try:
+        for site in found:
+            layer = layer_of(site.module)
+            if layer is None:
+                layer = Layer(site)
+                swap_in(site.module, layer)
+            layer.set((*layer.attachments, *more), kernel or layer.kernel)
+            done.append(site)
+    except TypeError:
+        _detach(tuple(done), attachment, kernel)
+        raise
 
 
-def _detach(site: Site, attachment: Attachment | None, kernel: Kernel | None = None) -> None:
-    layer = layer_of(site.module)
-    if layer is None:
-        return
-    left = tuple(one for one in layer.attachments if one is not attachment)
-    layer.set(left, None if kernel is not None else layer.kernel)
-    if not left and layer.kernel is None:
+def _detach(found: tuple[Site, ...], attachment: Attachment | None, kernel: Kernel | None = None) -> None:
+    for site in found:
+        layer = layer_of(site.module)
+        if layer is None:
+            continue
+        left = tuple(one for one in layer.attachments if one is not attachment)
+        layer.set(left, None if kernel is not None else layer.kernel)
+        if left or layer.kernel is not None:
+            continue
         if site.module.processor is not layer.processor:
             warnings.warn(
                 f"the processor of {site.name} was replaced by {type(site.module.processor).__name__} while "
@@ -329,6 +338,13 @@ def _detach(site: Site, attachment: Attachment | None, kernel: Kernel | None = N
                 stacklevel=4,
             )
         swap_out(site.module, layer)
+
+
+def _no_probabilities(kernel: Kernel, one: Attachment, site: Site) -> str:
+    return (
+        f"{one} changes the probabilities at {site.name}, which the kernel {kernel.name!r} that is chosen "
+        f"there does not have: take one of the two off, or select other sites."
+    )
 
 
 def _reachable(site: Site, what: str) -> None:

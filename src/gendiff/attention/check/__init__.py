@@ -14,7 +14,7 @@ from gendiff.attention.check.contracts import Finding, of_error, report
 from gendiff.attention.check.grid import fresh, own
 from gendiff.attention.check.scene import Scene, like, put
 from gendiff.attention.check.values import outputs, tried
-from gendiff.attention.registry import _made
+from gendiff.attention.registry import made_for
 from gendiff.attention.selectors import On
 from gendiff.attention.table import sites
 
@@ -108,7 +108,7 @@ def _fresh(processor: Any, scene: Scene) -> Any:
             return processor  # which is found out by another check
     put(scene.layer, scene.oracle)
     site = sites(scene.layer)[0] if scene.site is None else replace(scene.site, module=scene.layer)
-    return _made(processor, site, 1)
+    return made_for(processor, site, 1)
 
 
 def _findings(make: Callable[[Scene], Any], scenes: list[Scene], exact: bool) -> list[Finding]:
