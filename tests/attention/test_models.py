@@ -53,6 +53,7 @@ def test_what_the_page_says_holds_slowly(name, check) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", FEW)
 def test_inductor_says_the_same(name) -> None:
     """Compiled by the back-end that is used, with what changes the output."""
