@@ -15,6 +15,8 @@ USUAL = {"unet": "UNet", "transformer": "Transformer"}  # attribute of a pipelin
 NAME = re.compile(r"[\w-]+")  # it becomes the name of a file
 # how peft names the original inside of what it wraps; beside it stand the adapters
 ORIGINAL = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)(?=\.)")
+# where a model holds the weights of middlewares while a stack is on it: they are none of its own
+MIDDLEWARES = "attention_middlewares."
 PRETRAINED = (
     ("diffusers.models.modeling_utils", "ModelMixin"),
     ("transformers.modeling_utils", "PreTrainedModel"),
@@ -79,6 +81,11 @@ def library_of(module: nn.Module) -> str | None:
     return None
 
 
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The live state of a model without what is on it for a time."""
+    return {key: tensor for key, tensor in state(module).items() if not key.startswith(MIDDLEWARES)}
+
+
 def base_state(module: nn.Module) -> dict[str, Tensor]:
     """The live state of a model as if its adapters had never been added."""
     wrapped = [name for name, one in module.named_modules() if hasattr(one, "adapter_layer_names")]
@@ -97,7 +104,7 @@ def _component(component: str, module: nn.Module, pipeline: Any) -> Iterator[Par
     parts = []
     for path, one in _roots(module, ""):
         where = f"{component}.{path}" if path else component
-        name, live = _name(one, path, component, pipeline), state(one)
+        name, live = _name(one, path, component, pipeline), own_state(one)
         if has_adapters(one):
             made = [Part("adapter", name, where, one, t, a) for a, t in _trained_adapters(one, live)]
         else:
@@ -122,7 +129,7 @@ def _roots(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The outermost models and adapted modules in which something trains, each with its path."""
     module = core(module)
     if library_of(module) or has_adapters(module):
-        if any(parameter.requires_grad for parameter in module.parameters()):
+        if any(parameter.requires_grad for parameter in own_state(module).values()):
             yield path, module
         return
     for name, child in module.named_children():
