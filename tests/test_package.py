@@ -20,6 +20,7 @@ SUBMODULES = [
     "data",
     "guidance",
     "interop",
+    "lora",
     "math",
     "objectives",
     "plot",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # for type checkers and for grep; at run time the table below
     from gendiff import data as data
     from gendiff import guidance as guidance
     from gendiff import interop as interop
+    from gendiff import lora as lora
     from gendiff import math as math
     from gendiff import objectives as objectives
     from gendiff import plot as plot
@@ -60,6 +61,7 @@ _HOME = {  # public name -> the module that holds it, or that it is
     "data": "gendiff.data",
     "guidance": "gendiff.guidance",
     "interop": "gendiff.interop",
+    "lora": "gendiff.lora",
     "math": "gendiff.math",
     "objectives": "gendiff.objectives",
     "plot": "gendiff.plot",

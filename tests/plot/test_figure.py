@@ -22,6 +22,7 @@ from gendiff.sampling import Euler
 ROWS = [{"step": s, "loss": 1 / s, "levels": {"loss": [1.0] * 22, "count": [30] * 22}} for s in (1, 2, 3)]
 DENOISE = OracleDenoiser(GaussianOracle.isotropic(torch.zeros(1), 1.0), Rectified())
 DRAW = {
+    "attention": lambda title: plot.attention(torch.rand(2, 8, 8), words=["a", "b"], title=title),
     "sample_grid": lambda title: plot.sample_grid(torch.rand(2, 3, 8, 8), title=title),
     "loss_by_level": lambda title: plot.loss_by_level(ROWS, title=title),
     "loss": lambda title: plot.loss(ROWS, title=title),

@@ -1,6 +1,7 @@
 """What runs at a layer: the layer's own work, with middlewares between the projections and the output."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -169,7 +170,7 @@ def through(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         def own(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
             given = asked
             if call.mask is not asked.get("attn_mask"):
-                _takes_bias(layer.site, asked)
+                _takes_bias(layer.site, asked, kernel)
                 given = {**asked, "attn_mask": call.mask if call.mask is None else call.mask.to(q.dtype)}
             if swaps:
                 q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -272,14 +273,13 @@ def _place_of(kind: type, name: str) -> int | None:
     return names.index(name) if name in names else None
 
 
-def _takes_bias(site: Site, asked: dict[str, Any]) -> None:
+def _takes_bias(site: Site, asked: dict[str, Any], kernel: Callable[..., Any]) -> None:
     """Refuse a back-end of diffusers that would drop the bias a middleware adds."""
     if "backend" not in asked and "parallel_config" not in asked:
         return  # torch's own function, which honours any
     backend = asked.get("backend")
     if backend is None:
-        from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
-
+        registry: Any = vars(sys.modules[kernel.__module__])["_AttentionBackendRegistry"]  # beside the kernel
         backend, _ = registry.get_active_backend()
     name = str(getattr(backend, "value", backend))
     if name not in DENSE:

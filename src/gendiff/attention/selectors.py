@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from typing import ClassVar, TypeAlias, final
+from typing import Any, ClassVar, TypeAlias, final
 
 from gendiff import _patterns
 from gendiff._checks import unknown
@@ -20,11 +20,11 @@ class Selector:
         patterns: name patterns in it, for the error where nothing matches.
     """
 
-    def __init__(self, rule: Callable[[Site], bool], text: str, patterns: tuple[str, ...] = ()) -> None:
+    def __init__(self, rule: Callable[[Any], bool], text: str, patterns: tuple[str, ...] = ()) -> None:
         self.rule, self.text, self.patterns = rule, text, patterns
 
-    def __call__(self, site: Site) -> bool:
-        """Whether a site is in it."""
+    def __call__(self, site: Any) -> bool:
+        """Whether a site, or what else is selected by it, is in it."""
         return self.rule(site)
 
     def __and__(self, other: "Selector | str") -> "Selector":

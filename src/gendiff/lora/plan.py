@@ -1,0 +1,255 @@
+"""What is to be adapted, and how strongly: decided, checked and printed before anything is changed."""
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+from torch import nn
+
+from gendiff import _patterns
+from gendiff._checks import unknown
+from gendiff.attention.selectors import Selector
+from gendiff.attention.table import unwrapped
+from gendiff.lora.presets import is_preset, preset
+from gendiff.lora.targets import Target, targets_of
+
+Rules: TypeAlias = Mapping[Selector | str, Mapping[str, Any] | None]
+SETTINGS = ("rank", "lora_alpha", "learning_rate")
+
+
+@final
+@dataclass(frozen=True)
+class Planned:
+    r"""An adapter of one layer: :math:`y = Wx + \text{scale} \cdot B(Ax)`.
+
+    Attributes:
+        name: dotted name of the layer.
+        kind: its class.
+        shape: of its weight.
+        rank: rows of A and columns of B.
+        lora_alpha: what the scale is lora_alpha over the rank of.
+        learning_rate: of its own; None is the optimizer's.
+        rslora: whether the scale is lora_alpha / sqrt(rank).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    lora_alpha: float
+    learning_rate: float | None = None
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor of B(Ax)."""
+        return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers A and B have; of a convolution A has the kernel, and B none."""
+        out, inward, *kernel = self.shape
+        return self.rank * (out + inward * math.prod(kernel))
+
+
+@final
+@dataclass(frozen=True)
+class LoraPlan:
+    """The adapters of a model, one a layer; prints as a table.
+
+    Attributes:
+        rows: what is planned for each layer, in the order of the model's modules.
+        layers: how many layers the model has that could carry one.
+    """
+
+    rows: tuple[Planned, ...]
+    layers: int
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are to be trained."""
+        return sum(row.parameters for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> Planned:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(unknown("layer of the plan", name, [row.name for row in self.rows]))
+
+    def _table(self) -> list[tuple[str, ...]]:
+        head = ("layer", "class", "weight", "rank", "lora_alpha", "scale", "learning_rate", "parameters")
+        body = [
+            (
+                row.name,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                str(row.rank),
+                f"{row.lora_alpha:g}",
+                f"{row.scale:g}",
+                "-" if row.learning_rate is None else f"{row.learning_rate:g}",
+                f"{row.parameters:,}",
+            )
+            for row in self.rows
+        ]
+        return [head, *body]
+
+    def _total(self) -> str:
+        return f"{len(self.rows)} of {self.layers} layers, {self.parameters:,} parameters"
+
+    def __repr__(self) -> str:
+        rows = self._table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        return "\n".join([*lines, self._total()])
+
+    def _repr_html_(self) -> str:
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        head, *body = self._table()
+        rows = "".join(row(cells, "td") for cells in body)
+        return f"<table>{row(head, 'th')}{rows}</table><p>{html.escape(self._total())}</p>"
+
+
+def plan(
+    model: nn.Module,
+    targets: str | Selector | Iterable[str],
+    *,
+    rank: int = 8,
+    lora_alpha: float | int | None = None,
+    rules: Rules | None = None,
+    rslora: bool = False,
+) -> LoraPlan:
+    """Decide which layers of a model get an adapter, and of what rank and strength; nothing is changed.
+
+    Args:
+        model: the network.
+        targets: a preset such as "sdxl/attention+ff", patterns of names, of which every alternative has to
+            cover a layer, or a selector.
+        rank: rows of A and columns of B, at least 1.
+        lora_alpha: the scale times the rank; None is the rank, for a scale of 1.
+        rules: what holds for some of the layers: patterns or selectors to `rank`, `lora_alpha` and
+            `learning_rate`, or to None, which leaves them out. A later rule wins; a `rank` without a
+            `lora_alpha` takes that of the plan.
+        rslora: whether the scale is lora_alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+
+    Returns:
+        The `LoraPlan`.
+
+    Raises:
+        ValueError: for a target or rule that covers no layer, with the nearest names; for ranks below 1, or
+            above what a weight has.
+
+    Hu et al. 2021, *LoRA*, arXiv 2106.09685, section 4.1.
+
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> plan(net, "*", rank=2, rules={"2": {"rank": 1, "learning_rate": 1e-4}})
+    layer  class   weight  rank  lora_alpha  scale  learning_rate  parameters
+    0      Linear  6x4     2     2           1      -              20
+    2      Linear  2x6     1     1           1      0.0001         8
+    2 of 2 layers, 28 parameters
+    """
+    every = targets_of(model)
+    chosen = _chosen(unwrapped(model), every, targets)
+    settings: dict[str, dict[str, Any] | None] = {target.name: {"rank": rank} for target in chosen}
+    for key, changes in (rules or {}).items():
+        covered = _covered(key, chosen)
+        _check_settings(key, changes)
+        for target in covered:
+            before = settings[target.name]
+            settings[target.name] = None if changes is None else {**(before or {"rank": rank}), **changes}
+    rows: list[Planned] = []
+    for target in chosen:
+        given = settings[target.name]
+        if given is not None:
+            rows.append(_planned(target, given, lora_alpha, rslora))
+    if not rows:
+        raise ValueError(f"the rules leave out all {len(chosen)} layers of the targets.")
+    return LoraPlan(tuple(rows), len(every))
+
+
+def _planned(
+    target: Target, given: Mapping[str, Any], lora_alpha: float | int | None, rslora: bool
+) -> Planned:
+    rank, rate = given["rank"], given.get("learning_rate")
+    alpha = given.get("lora_alpha", lora_alpha)
+    alpha = float(rank if alpha is None else alpha)
+    highest = min(target.shape[0], math.prod(target.shape[1:]))
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
+        raise ValueError(
+            f"ranks are whole numbers from 1 to that of the weight, which is {highest} at {target.name} of "
+            f"shape {target.shape}, got {rank!r}."
+        )
+    if not math.isfinite(alpha) or alpha <= 0:
+        raise ValueError(f"lora_alpha is a number above 0, got {alpha:g} for {target.name}.")
+    if rate is not None and not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"a learning rate is a number of 0 or more, got {rate!r} for {target.name}.")
+    return Planned(target.name, target.kind, target.shape, rank, alpha, rate, rslora)
+
+
+def _chosen(root: nn.Module, every: list[Target], targets: str | Selector | Iterable[str]) -> list[Target]:
+    if isinstance(targets, Selector):
+        found = [target for target in every if targets(target)]
+        if not found:
+            raise ValueError(f"{targets} covers none of {len(every)} layers; {_kinds(every)}.")
+        return found
+    if isinstance(targets, str):
+        patterns = preset(targets) if is_preset(targets) else (targets,)
+    else:
+        patterns = tuple(targets)
+    names = [target.name for target in every]
+    wanted: set[str] = set()
+    for alternative in (part.strip() for pattern in patterns for part in pattern.split("|")):
+        covered = {name for name in names if _patterns.match(alternative, name)}
+        if not covered:
+            raise ValueError(_nothing(root, alternative, names))
+        wanted |= covered
+    return [target for target in every if target.name in wanted]
+
+
+def _nothing(root: nn.Module, pattern: str, names: list[str]) -> str:
+    """Why a target covers no layer."""
+    others = [
+        (name, type(one).__name__) for name, one in root.named_modules() if _patterns.match(pattern, name)
+    ]
+    if others:
+        name, kind = others[0]
+        below = [one for one in names if one.startswith(f"{name}.")]
+        hint = f"; its layers are {', '.join(map(repr, below[:3]))}" if below else ""
+        return f"{pattern!r} covers {name!r}, a {kind}, which carries no adapter{hint}."
+    try:
+        _patterns.select(pattern, names, "layers that can carry an adapter")
+    except ValueError as error:
+        return str(error)
+    raise AssertionError  # it covers none, which select has just refused
+
+
+def _covered(key: Selector | str, chosen: list[Target]) -> list[Target]:
+    """The planned layers that a rule is for."""
+    if isinstance(key, Selector):
+        covered = [target for target in chosen if key(target)]
+        if not covered:
+            raise ValueError(
+                f"the rule for {key} covers none of {len(chosen)} planned layers; {_kinds(chosen)}."
+            )
+        return covered
+    names = set(_patterns.select(key, [target.name for target in chosen], "planned layers"))
+    return [target for target in chosen if target.name in names]
+
+
+def _check_settings(key: Selector | str, changes: Mapping[str, Any] | None) -> None:
+    for name in changes or ():
+        if name not in SETTINGS:
+            raise ValueError(unknown(f"setting of the rule for {key}", name, SETTINGS))
+
+
+def _kinds(targets: list[Target]) -> str:
+    kinds = sorted({target.kind for target in targets})
+    return f"there are {', '.join(kinds)}"

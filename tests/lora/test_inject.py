@@ -1,0 +1,295 @@
+"""Adapters on a model: what they add, how strongly, on which layers, and the model afterwards."""
+
+import copy
+import hashlib
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from gendiff import lora
+from gendiff.lora import Class, inject, plan, remove
+from tests.attention.models import FLUX, SD3, UNET, WAN, build, said
+from tests.zoo import QUIET, run
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
+PRESETS = {UNET: "sd/attention", SD3: "sd3/attention+ff", FLUX: "flux/attention+ff", WAN: "wan/attention+ff"}
+
+
+def digest(model) -> tuple[str, list[int], list[bool]]:
+    """All bits of a model, its modules by identity, and what trains."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest(), [id(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+
+
+def stirred(handle, seed=0, size=0.3):
+    """The adapter with weights that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in handle.parameters():
+        parameter.data = size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return handle
+
+
+@pytest.fixture(params=PRESETS)
+def case(request):
+    model = build(request.param)
+    return request.param, model, plan(model, PRESETS[request.param], rank=2, lora_alpha=4)
+
+
+def test_at_first_nothing_changes_and_only_the_adapter_trains(case) -> None:
+    name, model, planned = case
+    plain = said(model, name)
+    handle = inject(model, planned)
+    assert torch.equal(said(model, name), plain)
+    own = {id(p) for p in handle.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == own
+    assert sum(p.numel() for p in handle.parameters()) == planned.parameters
+
+
+def test_removed_the_model_is_the_same_to_the_bit(case) -> None:
+    name, model, planned = case
+    first = next(model.parameters())
+    first.requires_grad_(False)
+    before, plain, attributes = digest(model), said(model, name), sorted(vars(model))
+    with stirred(inject(model, planned)) as handle:
+        assert not torch.allclose(said(model, name), plain, atol=1e-4)
+        assert digest(model)[0] != before[0]
+    assert digest(model) == before
+    assert torch.equal(said(model, name), plain)
+    assert sorted(vars(model)) == attributes
+    with pytest.raises(RuntimeError, match="was removed from its model"):
+        handle.delta(planned.rows[0].name)
+
+
+def test_a_layer_says_what_the_equation_says() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Conv2d(3, 6, 3, padding=1)).double()
+    handle = stirred(inject(net, plan(net, "*", rank=2, lora_alpha=6), dtype=torch.float64))
+    linear, conv = net
+    x, image = torch.randn(3, 5, dtype=torch.float64), torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    a, b = (getattr(linear, part)["default"].weight for part in ("lora_A", "lora_B"))
+    base = linear.get_base_layer()
+    torch.testing.assert_close(linear(x), base(x) + 3 * (x @ a.T @ b.T), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(handle.delta("0"), 3 * b @ a)
+    base, weight = conv.get_base_layer(), handle.delta("1")
+    expected = nn.functional.conv2d(image, base.weight + weight, base.bias, padding=1)
+    torch.testing.assert_close(conv(image), expected, rtol=1e-10, atol=1e-10)
+    parameters = tuple(handle.parameters())
+    torch.autograd.gradcheck(lambda *_: (linear(x), conv(image)), parameters)
+
+
+def test_the_same_as_peft_for_the_same_weights(case) -> None:
+    name, model, planned = case
+    theirs = build(name)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=[row.name for row in planned.rows])
+    inject_adapter_in_model(config, theirs)
+    handle = stirred(inject(model, planned))
+    state = theirs.state_dict()
+    for key, value in model.state_dict().items():
+        state[key].copy_(value)
+    assert state.keys() == model.state_dict().keys()
+    assert torch.equal(said(model, name), said(theirs, name))
+    for output, other in ((run(model, name), "ours"), (run(theirs, name), "theirs")):
+        output.square().mean().backward()
+        assert other
+    gradients = dict(theirs.named_parameters())
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[key].grad)
+    assert len(handle.layers) == len(planned)
+
+
+# ---- within blocks
+
+
+def test_scaled_disabled_and_merged_come_back_to_the_bit(case) -> None:
+    name, model, planned = case
+    plain = said(model, name)
+    handle = stirred(inject(model, planned))
+    full, before = said(model, name), digest(model)
+    trains = [p.requires_grad for p in model.parameters()]
+    with handle.disabled():
+        assert torch.equal(said(model, name), plain)
+        assert [p.requires_grad for p in model.parameters()] == trains
+    with handle.merged():
+        assert not torch.equal(said(model, name), plain)
+        torch.testing.assert_close(said(model, name), full, rtol=1e-3, atol=1e-4)
+    with handle.scaled(0.5), handle.scaled(0.5):
+        scale = planned.rows[0].scale
+        assert float(handle.scales[planned.rows[0].name]) == scale / 4
+        assert not torch.allclose(said(model, name), full, atol=1e-5)
+    with handle.scaled(0):
+        assert torch.equal(said(model, name), plain)
+    assert torch.equal(said(model, name), full)
+    assert digest(model) == before
+
+
+def test_an_exception_within_a_block_leaves_nothing(case) -> None:
+    _, model, planned = case
+    handle = stirred(inject(model, planned))
+    before = digest(model)
+
+    def broken(block):
+        with block:
+            raise ArithmeticError("on purpose")
+
+    for block in (handle.scaled(0.3), handle.disabled(), handle.merged()):
+        with pytest.raises(ArithmeticError):
+            broken(block)
+    assert digest(model) == before
+    assert [float(s) for s in handle.scales.values()] == [row.scale for row in planned.rows]
+
+
+def test_half_and_back_is_whole() -> None:
+    """In diffusers fusing at 0.5 and unfusing leaves half the strength, and a scale of 0 resets it."""
+    model = build(UNET)
+    handle = stirred(inject(model, plan(model, "sd/attention", rank=2)))
+    full = said(model, UNET)
+    for _ in range(3):
+        with handle.scaled(0.5), handle.merged():
+            said(model, UNET)
+        with handle.scaled(0):
+            said(model, UNET)
+    assert torch.equal(said(model, UNET), full)
+
+
+def test_a_scale_changed_in_place_is_seen_by_a_compiled_model() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    model, counter = build(FLUX), CompileCounter()
+    handle = stirred(inject(model, plan(model, "flux/attention", rank=2)))
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        found = [run(compiled, FLUX)]
+        with handle.scaled(0.5):
+            found.append(run(compiled, FLUX))
+        found.append(run(compiled, FLUX))
+    assert counter.frame_count == 1
+    assert torch.equal(found[0], found[2])
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+
+
+# ---- several
+
+
+def test_names_are_whole_names() -> None:
+    """`style` and `style2` do not touch each other, in any order of removal."""
+    for order in (("style", "style2"), ("style2", "style")):
+        model = build(UNET)
+        before, plain = digest(model), said(model, UNET)
+        planned = plan(model, "sd/attention", rank=2)
+        alone = {}
+        for seed, name in enumerate(("style", "style2")):
+            with stirred(inject(model, planned, name), seed):
+                alone[name] = said(model, UNET)
+        handles = {n: stirred(inject(model, planned, n), s) for s, n in enumerate(("style", "style2"))}
+        both = said(model, UNET)
+        with handles["style"].disabled():
+            assert torch.equal(said(model, UNET), alone["style2"])
+        with handles["style2"].scaled(0):
+            assert torch.equal(said(model, UNET), alone["style"])
+        assert torch.equal(said(model, UNET), both)
+        remove(model, order[0])
+        assert torch.equal(said(model, UNET), alone[order[1]])
+        left = {id(p) for p in handles[order[1]].parameters()}
+        trains = {id(p) for p in model.parameters() if p.requires_grad}
+        assert trains == left, "the one that is left trains, and nothing else"
+        remove(model, order[1])
+        assert torch.equal(said(model, UNET), plain)
+        assert digest(model) == before
+
+
+def test_ranks_and_strengths_of_their_own_and_whole_names_of_layers() -> None:
+    """Block 1 takes nothing from block 10, nor from a block of a name that ends alike."""
+    blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
+    model = nn.ModuleDict(
+        {"blocks": blocks, "single_blocks": nn.ModuleList(nn.Linear(8, 8) for _ in range(2))}
+    )
+    rules = {"blocks.1": {"rank": 3, "lora_alpha": 12}, "single_blocks.*": {"rank": 1}}
+    handle = inject(
+        model,
+        plan(
+            model,
+            "blocks.* | single_blocks.1",
+            rank=2,
+            lora_alpha=2,
+            rules={
+                "blocks.1": {"rank": 3, "lora_alpha": 12},
+                "single_blocks.*": {"rank": 1, "lora_alpha": 5},
+            },
+        ),
+    )
+    assert rules
+    found = {
+        name: (layer.r["default"], float(layer.scaling["default"])) for name, layer in handle.layers.items()
+    }
+    assert found == {
+        **{f"blocks.{i}": (2, 1.0) for i in range(12) if i != 1},
+        "blocks.1": (3, 4.0),
+        "single_blocks.1": (1, 5.0),
+    }
+    assert not hasattr(model["single_blocks"][0], "lora_A")
+
+
+# ---- precision
+
+
+def test_fp32_adapters_on_a_bf16_model_learn_small_steps() -> None:
+    """Of bf16 weights a step of 1e-6 moves few; of fp32 ones all that have a gradient."""
+    shares = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        net = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+        handle = stirred(inject(net, plan(net, "*", rank=8), dtype=dtype), size=0.1)
+        assert {p.dtype for p in handle.parameters()} == {dtype}
+        before = [p.detach().clone() for p in handle.parameters()]
+        optimizer = torch.optim.AdamW(handle.parameters(), lr=1e-6, weight_decay=0.0)
+        net(torch.randn(32, 64, dtype=torch.bfloat16)).float().square().mean().backward()
+        optimizer.step()
+        moved = [(p != b).float().mean() for p, b in zip(handle.parameters(), before, strict=True)]
+        shares[dtype] = float(torch.stack(moved).mean())
+    assert shares[torch.float32] >= 0.99
+    assert shares[torch.bfloat16] < 0.1
+
+
+# ---- what is refused
+
+
+def test_names_and_plans_that_do_not_fit() -> None:
+    model = build(UNET)
+    planned = plan(model, "sd/attention", rank=2)
+    before = digest(model)
+    with pytest.raises(ValueError, match=r"has letters, digits, - and _, got '../x'"):
+        inject(model, planned, "../x")
+    with pytest.raises(
+        ValueError, match=r"the plan is for a layer 'transformer_blocks.* has not: plan for this"
+    ):
+        inject(model, plan(build(FLUX), "flux/attention", rank=2))
+    with pytest.raises(ValueError, match=r"unknown initialisation 'pissa'"):
+        inject(model, planned, init="pissa")
+    with pytest.raises(ValueError, match=r"unknown adapter 'style'"):
+        remove(model, "style")
+    assert digest(model) == before
+    inject(model, planned, "style")
+    with pytest.raises(ValueError, match=r"the model has an adapter 'style' already, beside \['style'\]"):
+        inject(model, planned, "style")
+
+
+def test_fused_projections_are_refused() -> None:
+    model = build(FLUX)
+    planned = plan(model, "flux/attention", rank=2)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"are fused, and an adapter in their parts has no effect"):
+        inject(model, planned)
+
+
+def test_diffusers_and_peft_see_the_adapter() -> None:
+    model = build(UNET)
+    handle = inject(model, plan(model, Class("Linear"), rank=1), "style")
+    assert model.active_adapters() == ["style"]
+    assert list(model.peft_config) == ["style"]
+    twin = copy.deepcopy(model)
+    assert torch.equal(said(twin, UNET), said(model, UNET))
+    assert repr(handle).startswith("LoraHandle('style' at ")
+    assert lora.inject is inject
