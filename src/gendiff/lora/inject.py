@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gendiff._checks import unknown
+from gendiff._groups import ParamGroup
 from gendiff.attention.handle import changeable
 from gendiff.attention.project import refuse_fused
 from gendiff.attention.site import is_layer
@@ -52,6 +53,37 @@ class LoraHandle:
         for name, layer in self.layers.items():
             for part in ("lora_A", "lora_B"):
                 yield f"{name}.{part}", getattr(layer, part)[self.name].weight
+
+    def param_groups(
+        self, learning_rate: float | int, loraplus_lr_ratio: float | int = 1
+    ) -> list[ParamGroup]:
+        """Learning rates of the adapter's weights, for `TrainConfig(param_groups=...)`.
+
+        Args:
+            learning_rate: of A, and of B times the ratio, where the plan says no other.
+            loraplus_lr_ratio: how much faster B learns than A, at least 1 (Hayou et al. 2024, *LoRA+*, arXiv
+                2402.12354, who take 16 for language models).
+
+        Raises:
+            ValueError: for a ratio below 1.
+        """
+        self._check()
+        if not loraplus_lr_ratio >= 1:
+            raise ValueError(
+                f"B learns as fast as A or faster, by a ratio of 1 or more, got {loraplus_lr_ratio}."
+            )
+        rates: dict[float | int | None, list[str]] = {None: ["**"]}
+        for row in self.plan.rows:
+            if row.learning_rate is not None:
+                rates.setdefault(row.learning_rate, []).append(f"**.{row.name}")
+        return [
+            ParamGroup(
+                " | ".join(f"{name}.{part}.{self.name}.**" for name in names),
+                learning_rate=(learning_rate if rate is None else rate) * ratio,
+            )
+            for rate, names in rates.items()
+            for part, ratio in (("lora_A", 1), ("lora_B", loraplus_lr_ratio))
+        ]
 
     def delta(self, layer: str) -> Tensor:
         r"""What the adapter adds to the weight of a layer, :math:`\text{scale} \cdot BA`, in its shape.

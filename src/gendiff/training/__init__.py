@@ -1,5 +1,6 @@
 """Training: the trainer, and the parts that it is made of, each of which works without it."""
 
+from gendiff._groups import ParamGroup as ParamGroup
 from gendiff.training.callbacks import Callback as Callback
 from gendiff.training.callbacks import EarlyStop as EarlyStop
 from gendiff.training.callbacks import Validation as Validation
@@ -12,7 +13,6 @@ from gendiff.training.curves import Polynomial as Polynomial
 from gendiff.training.curves import WarmupCosine as WarmupCosine
 from gendiff.training.ema import EMA as EMA
 from gendiff.training.ema import Averages as Averages
-from gendiff.training.groups import ParamGroup as ParamGroup
 from gendiff.training.loss import LossModule as LossModule
 from gendiff.training.meters import Meters as Meters
 from gendiff.training.posthoc import reconstruct as reconstruct

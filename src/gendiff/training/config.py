@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, final, get_args
 
 from gendiff._checks import unknown
+from gendiff._groups import ParamGroup
 from gendiff.training.ema import EMA
-from gendiff.training.groups import ParamGroup
 from gendiff.training.rates import Rates, rates_of
 
 Precision = Literal["no", "bf16", "fp16"]

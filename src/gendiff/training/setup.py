@@ -10,11 +10,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from gendiff._checks import unknown
+from gendiff._groups import group
 from gendiff.data.loader import Loader
 from gendiff.training.callbacks import Callback
 from gendiff.training.config import Precision, TrainConfig
 from gendiff.training.ema import Averages
-from gendiff.training.groups import group
 from gendiff.training.names import parameters
 from gendiff.training.optimizer import Factory, adamw, made
 from gendiff.training.rates import rates_of

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from gendiff._groups import ParamGroup, group
 from gendiff._patterns import match
-from gendiff.training.groups import ParamGroup, group
 
 NAMES = ["unet.conv.weight", "unet.conv.bias", "unet.norm.weight", "unet.norm.bias", "text.embed.weight"]
 
