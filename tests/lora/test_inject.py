@@ -293,3 +293,16 @@ def test_diffusers_and_peft_see_the_adapter() -> None:
     assert torch.equal(said(twin, UNET), said(model, UNET))
     assert repr(handle).startswith("LoraHandle('style' at ")
     assert lora.inject is inject
+
+
+def test_a_begins_by_its_seed_and_no_generator_moves() -> None:
+    def begun(seed, init=True):
+        model = build(UNET)
+        handle = inject(model, plan(model, "sd/attention", rank=4), seed=seed, init=init)
+        return torch.cat([p.detach().flatten() for n, p in handle.named_parameters() if n.endswith("lora_A")])
+
+    before = torch.get_rng_state()
+    assert torch.equal(begun(1), begun(1))
+    assert not torch.equal(begun(1), begun(2))
+    assert float(begun(1, "gaussian").std()) == pytest.approx(1 / 4, rel=0.05)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,6 +1,6 @@
 """Low-rank adapters: planned and checked before anything is changed, put on, and taken off exactly."""
 
-from gendiff.lora.inject import LoraHandle as LoraHandle
+from gendiff.lora.handle import LoraHandle as LoraHandle
 from gendiff.lora.inject import inject as inject
 from gendiff.lora.inject import remove as remove
 from gendiff.lora.plan import LoraPlan as LoraPlan

@@ -1,170 +1,22 @@
-"""Adapters put on a model as planned, and taken off so that it is what it was."""
+"""Adapters put on a model as planned."""
 
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, final
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gendiff._checks import unknown
-from gendiff._groups import ParamGroup
 from gendiff.attention.handle import changeable
 from gendiff.attention.project import refuse_fused
 from gendiff.attention.site import is_layer
 from gendiff.attention.table import unwrapped
+from gendiff.lora.handle import HELD, TRAINED, LoraHandle, tell
 from gendiff.lora.plan import LoraPlan
 
-HELD = "_gendiff_adapters"  # the handles of a model, by name
-TRAINED = "_gendiff_trained"  # what required grad before the first of them
-TOLD = "_hf_peft_config_loaded"
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # it becomes part of keys and of file names
-
-
-@final
-class LoraHandle:
-    """An adapter on a model; see `inject`.
-
-    Attributes:
-        model: the network.
-        name: of the adapter.
-        plan: what was planned.
-        layers: the layers of peft that carry it, by name.
-        attached: whether it still is on the model.
-    """
-
-    def __init__(
-        self, model: nn.Module, name: str, plan: LoraPlan, layers: dict[str, Any], trained: dict[str, bool]
-    ) -> None:
-        self.model, self.name, self.plan, self.layers, self.attached = model, name, plan, layers, True
-        self._trained = trained
-        self.scales = {row.name: layers[row.name].scaling[name] for row in plan.rows}
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapter's weights."""
-        yield from (parameter for _, parameter in self.named_parameters())
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The adapter's weights by layer and part, as `...to_q.lora_A`."""
-        self._check()
-        for name, layer in self.layers.items():
-            for part in ("lora_A", "lora_B"):
-                yield f"{name}.{part}", getattr(layer, part)[self.name].weight
-
-    def param_groups(
-        self, learning_rate: float | int, loraplus_lr_ratio: float | int = 1
-    ) -> list[ParamGroup]:
-        """Learning rates of the adapter's weights, for `TrainConfig(param_groups=...)`.
-
-        Args:
-            learning_rate: of A, and of B times the ratio, where the plan says no other.
-            loraplus_lr_ratio: how much faster B learns than A, at least 1 (Hayou et al. 2024, *LoRA+*, arXiv
-                2402.12354, who take 16 for language models).
-
-        Raises:
-            ValueError: for a ratio below 1.
-        """
-        self._check()
-        if not loraplus_lr_ratio >= 1:
-            raise ValueError(
-                f"B learns as fast as A or faster, by a ratio of 1 or more, got {loraplus_lr_ratio}."
-            )
-        rates: dict[float | int | None, list[str]] = {None: ["**"]}
-        for row in self.plan.rows:
-            if row.learning_rate is not None:
-                rates.setdefault(row.learning_rate, []).append(f"**.{row.name}")
-        return [
-            ParamGroup(
-                " | ".join(f"{name}.{part}.{self.name}.**" for name in names),
-                learning_rate=(learning_rate if rate is None else rate) * ratio,
-            )
-            for rate, names in rates.items()
-            for part, ratio in (("lora_A", 1), ("lora_B", loraplus_lr_ratio))
-        ]
-
-    def delta(self, layer: str) -> Tensor:
-        r"""What the adapter adds to the weight of a layer, :math:`\text{scale} \cdot BA`, in its shape.
-
-        Raises:
-            KeyError: for a layer that is not in the plan.
-        """
-        self._check()
-        if layer not in self.layers:
-            raise KeyError(unknown("layer of the adapter", layer, self.layers))
-        with torch.no_grad():
-            return self.layers[layer].get_delta_weight(self.name)
-
-    @contextmanager
-    def scaled(self, weight: float | int | Tensor) -> Iterator[None]:
-        """The adapter at a multiple of its strength within a block; the scales are written in place."""
-        self._check()
-        before = {name: scale.clone() for name, scale in self.scales.items()}
-        try:
-            for scale in self.scales.values():
-                scale.mul_(weight)
-            yield
-        finally:
-            for name, scale in self.scales.items():
-                scale.copy_(before[name])
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The model as if this adapter were not there within a block; others stay, and what trains does."""
-        self._check()
-        before = {name: layer._active_adapter for name, layer in self.layers.items()}
-        try:
-            for layer in self.layers.values():
-                layer._active_adapter = [one for one in layer.active_adapters if one != self.name]
-            yield
-        finally:
-            for name, layer in self.layers.items():
-                layer._active_adapter = before[name]
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """The adapter added into the weights within a block, in float32 at least; then the bits of before.
-
-        Within it a layer takes as long as without an adapter. It needs the memory of a copy of the weights.
-        """
-        self._check()
-        saved: dict[str, Tensor] = {}
-        with self.disabled():
-            try:
-                for name, layer in self.layers.items():
-                    weight = layer.get_base_layer().weight
-                    saved[name] = weight.detach().clone()
-                    wide = torch.promote_types(weight.dtype, torch.float32)
-                    with torch.no_grad():
-                        weight.copy_((weight.to(wide) + self.delta(name).to(wide)).to(weight.dtype))
-                yield
-            finally:
-                with torch.no_grad():
-                    for name, value in saved.items():
-                        self.layers[name].get_base_layer().weight.copy_(value)
-
-    def remove(self) -> None:
-        """Take the adapter off: the same modules in their places, and what trained before trains again."""
-        if self.attached:
-            changeable()
-            self.attached = False
-            _take_off(self)
-
-    def __enter__(self) -> "LoraHandle":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-    def __repr__(self) -> str:
-        size = f"{len(self.layers)} layers, {self.plan.parameters:,} parameters"
-        return f"LoraHandle({self.name!r} at {size}{'' if self.attached else ', removed'})"
-
-    def _check(self) -> None:
-        if not self.attached:
-            raise RuntimeError(f"the adapter {self.name!r} was removed from its model.")
 
 
 def inject(
@@ -174,6 +26,7 @@ def inject(
     *,
     dtype: torch.dtype = torch.float32,
     init: str | bool = True,
+    seed: int = 0,
 ) -> LoraHandle:
     r"""Put adapters on a model as planned, :math:`y = Wx + \text{scale} \cdot B(Ax)`, with layers of peft.
 
@@ -186,7 +39,8 @@ def inject(
         plan: see `plan`.
         adapter_name: letters, digits, - and _; one that the model has is refused, and no other is touched.
         dtype: of the adapter's weights, whatever the model's: bfloat16 weights lose small updates.
-        init: how A begins: True is uniform (He et al. 2015), "gaussian" normal with deviation 1/rank.
+        init: how A begins: True is peft's own, uniform, "gaussian" normal with deviation 1/rank.
+        seed: of these numbers; torch's own generators are left as they were.
 
     Returns:
         The `LoraHandle`, which is a context manager too.
@@ -208,7 +62,10 @@ def inject(
     trained = {name: parameter.requires_grad for name, parameter in root.named_parameters()}
     modules: list[tuple[str, Any]] = list(root.named_modules())
     active = {name: list(one.active_adapters) for name, one in modules if hasattr(one, "lora_A")}
-    with warnings.catch_warnings():  # several adapters are what is asked for
+    devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(seed)
+        # several adapters are what is asked for
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(_config(LoraConfig, plan, init), root, adapter_name)
     layers: dict[str, Any] = {
@@ -222,7 +79,7 @@ def inject(
         for part in (layer.lora_A, layer.lora_B):
             part[adapter_name].to(dtype)
         layer._active_adapter = [*active.get(row.name, ()), adapter_name]
-    _tell(root, True)
+    tell(root, True)
     handle = LoraHandle(root, adapter_name, plan, layers, trained)
     own = {id(parameter) for parameter in handle.parameters()}
     for parameter in root.parameters():
@@ -242,14 +99,6 @@ def remove(model: nn.Module, adapter_name: str) -> None:
     if adapter_name not in held:
         raise ValueError(unknown("adapter", adapter_name, held))
     held[adapter_name].remove()
-
-
-def _tell(root: Any, adapted: bool) -> None:
-    """Tell a model of diffusers that it has adapters, which it asks before it looks at them, or no more."""
-    if adapted and hasattr(root, TOLD):
-        setattr(root, TOLD, True)
-    elif not adapted:
-        vars(root).pop(TOLD, None)  # the class says False
 
 
 def _config(kind: Any, plan: LoraPlan, init: str | bool) -> Any:
@@ -302,27 +151,3 @@ def _check_plan(root: nn.Module, plan: LoraPlan) -> None:
                     f"model.unfuse_qkv_projections() first."
                 )
             refuse_fused(module, name)
-
-
-def _take_off(handle: LoraHandle) -> None:
-    root: Any = handle.model
-    name = handle.name
-    for path, layer in handle.layers.items():
-        layer._active_adapter = [one for one in layer.active_adapters if one != name]
-        layer.delete_adapter(name)
-        if not len(layer.lora_A):
-            parent, _, last = path.rpartition(".")
-            root.get_submodule(parent)._modules[last] = layer.get_base_layer()
-    root.peft_config.pop(name, None)
-    if not root.peft_config:
-        del root.peft_config
-        _tell(root, False)
-    held = vars(root)[HELD]
-    del held[name]
-    trained = {key: value for key, value in handle._trained.items() if ".lora_" in key}
-    if not held:
-        del vars(root)[HELD]
-        trained = vars(root).pop(TRAINED)
-    for key, parameter in root.named_parameters():
-        if key in trained:
-            parameter.requires_grad_(trained[key])
