@@ -30,7 +30,7 @@ def inject(
 ) -> LoraHandle:
     r"""Put adapters on a model as planned, :math:`y = Wx + \text{scale} \cdot B(Ax)`, with layers of peft.
 
-    At first B is zero, so that the model says what it said, bit for bit. From then on only the adapter
+    At first B is zero, so that the model says what it says frozen, bit for bit. From then on only the adapter
     trains. The scale of a layer is a tensor on its device, written in place by `scaled`, so that compiled and
     captured steps see it change.
 
