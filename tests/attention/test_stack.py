@@ -574,7 +574,7 @@ def test_weights_of_middlewares_are_the_models_while_they_are_on() -> None:
 # ---- compiled
 
 
-@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("name", [UNET, FLUX, *(pytest.param(n, marks=pytest.mark.slow) for n in (SD3, WAN))])
 def test_compiled_whole_without_more_graphs(name) -> None:
     model = build(name)
     counts, results = [], []

@@ -14,6 +14,10 @@ from tests.zoo import QUIET
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 PARTS = ("lora", "processor", "image", "maps")
+ORDERS = [  # a third of them in the ordinary run
+    pytest.param(order, id="-".join(order), marks=[] if i % 3 == 0 else pytest.mark.slow)
+    for i, order in enumerate(itertools.permutations(PARTS))
+]
 
 
 class Sharper:
@@ -89,7 +93,7 @@ def test_each_has_its_effect_beside_the_others(truth) -> None:
                 assert not torch.allclose(out, without, atol=1e-4), f"{part} of {set(chosen)}"
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(PARTS)), ids="-".join)
+@pytest.mark.parametrize("order", ORDERS)
 def test_taken_off_in_any_order(truth, order) -> None:
     one = Everything()
     before, left = state(one.unet), set(PARTS)

@@ -9,6 +9,10 @@ from tests.zoo.core import noise
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
 every_class = pytest.mark.parametrize("name", sorted(ZOO))
+some = pytest.mark.parametrize(  # a sixth of them in the ordinary run
+    "name",
+    [pytest.param(name, marks=[] if i % 6 == 0 else pytest.mark.slow) for i, name in enumerate(sorted(ZOO))],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +44,7 @@ def test_every_exported_class_is_in_the_zoo_or_has_a_reason():
     assert set(MUTE) <= set(ZOO)
 
 
-@every_class
+@some
 def test_a_model_is_a_function_of_its_seed_and_inputs(name: str):
     state = torch.get_rng_state()
     model = build(name)
@@ -56,7 +60,7 @@ def test_a_model_is_a_function_of_its_seed_and_inputs(name: str):
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
-@every_class
+@some
 def test_the_output_depends_on_every_attention_layer_and_its_queries(name: str):
     model = build(name)
     before, layers = run(model, name), attentions(model)
