@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from gendiff import attention
 from gendiff.attention import Kind, Middleware, Stage, Steps, Times, match, sites, stack
 from gendiff.attention.kernels import KERNELS
+from gendiff.attention.rebinding import running
 from tests.attention.models import FLUX, FOUR, SD3, UNET, WAN, Halved, Kept, Same, build, run, said, state
 from tests.zoo import QUIET, ZOO
 
@@ -115,6 +116,7 @@ def test_an_exception_leaves_nothing(four) -> None:
 
     with pytest.raises(ArithmeticError, match="on purpose"):
         broken()
+    assert (running.layer, running.calls) == (None, 0)
     assert state(model) == before
     assert torch.equal(said(model, name), plain)
 
