@@ -264,3 +264,15 @@ def test_where_the_text_is_does_not_depend_on_the_users_processor() -> None:
     with set_processor(model, Mine, on=Kind.JOINT):
         found = sites(model).on(Kind.JOINT)
         assert {(site.processor, site.text) for site in found} == {("Mine", "last")}
+
+
+def test_parts_of_a_layer_come_back_in_their_order(unet) -> None:
+    """Where a processor with weights is not the last of them."""
+    site = sites(unet).on(Kind.CROSS)[0]
+    handle = set_processor(unet, Trained, on=[site])
+    parts = site.module._modules
+    site.module._modules = {"processor": parts.pop("processor"), **parts}
+    names = list(unet.state_dict())
+    set_processor(unet, Mean, on=[site], replace=True).remove()
+    assert list(unet.state_dict()) == names
+    handle.remove()

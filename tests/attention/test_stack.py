@@ -678,3 +678,39 @@ def test_a_second_stack_over_a_first_reaches_the_same_layers(unet) -> None:
         assert torch.equal(said(unet, UNET), half)
     assert torch.equal(said(unet, UNET), plain)
     assert state(unet) == before
+
+
+def test_keys_appended_at_a_masked_layer_take_part() -> None:
+    """The layer's mask is for its own keys; those behind are seen."""
+    name = "PixArtTransformer2DModel"
+    model = build(name)
+
+    class One(Middleware):
+        def on_qkv(self, site, context, q, k, v):
+            return q, torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2)
+
+    with stack(model) as one:
+        kept = Kept()
+        one.add(One(), on=Kind.CROSS)
+        one.add(kept, on=Kind.CROSS)
+        said(model, name)
+    for probs in kept.probs.values():
+        assert (probs == 0).any(), "nothing is masked here"
+        torch.testing.assert_close(probs[..., -1], probs[..., 0])
+
+
+def test_a_keyword_that_the_processor_names_still_comes(unet) -> None:
+    """Layers pass what the call names, which they ask of the stacked one."""
+    seen = []
+
+    class Asking:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, mood=None):
+            seen.append(mood)
+            q = hidden_states[:, None]
+            return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0]
+
+    site = sites(unet)[0]
+    with attention.set_processor(unet, Asking, on=[site]), stack(unet) as one:
+        one.add(Same(), on=[site])
+        site.module(torch.zeros(1, 4, site.module.to_q.in_features), mood="calm")
+    assert seen == ["calm"]

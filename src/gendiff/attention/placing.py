@@ -11,19 +11,19 @@ from gendiff.attention.run import layer_of, swap_in, swap_out
 
 @final
 class Placed:
-    """A processor that was put on a layer."""
+    """A processor that was put on a layer, and the order of the layer's parts before."""
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, order: tuple[str, ...]) -> None:
+        self.processor, self.order = processor, order
 
 
 def place(module: nn.Module, processor: Any) -> Placed:
     """Put a processor on a layer, above what is there."""
     chain: list[Placed] = module.__dict__.setdefault(CHAIN, [])
+    order = tuple(module._modules)
     if not chain:
-        chain.append(Placed(module.processor))
-        module.__dict__[f"{CHAIN}_order"] = tuple(module._modules)
-    entry = Placed(processor)
+        chain.append(Placed(module.processor, order))
+    entry = Placed(processor, order)
     chain.append(entry)
     _set(module, processor)
     return entry
@@ -41,14 +41,15 @@ def take_off(module: nn.Module, entry: Placed) -> None:
         )
         chain.remove(entry)
     else:
-        top = chain[-1] is entry
+        place = chain.index(entry)
         chain.remove(entry)
-        if top:
+        if place == len(chain):
             _set(module, chain[-1].processor)
+            if set(entry.order) == set(module._modules):
+                module._modules.update({name: module._modules.pop(name) for name in entry.order})
+        else:
+            chain[place].order = entry.order
     if len(chain) == 1:
-        order = module.__dict__.pop(f"{CHAIN}_order")
-        if set(order) == set(module._modules):
-            module._modules.update({name: module._modules.pop(name) for name in order})
         del module.__dict__[CHAIN]
 
 
