@@ -8,6 +8,7 @@ import torch
 from gendiff import Denoiser, Guider, cfg
 from gendiff.attention import Call, Kind, Middleware, sites, stack
 from gendiff.attention.context import Context, Grid
+from gendiff.attention.kernels import probabilities
 from gendiff.math import Rectified
 from gendiff.sampling.static import fingerprint
 from tests.attention.models import FLUX, UNET, Halved, Same, build, said
@@ -143,6 +144,15 @@ def test_what_has_no_size_is_no_grid() -> None:
     ):
         context.grid(site, 50)
     assert context.grid(site, 50, line=True) == (1, 1, 50)
+
+
+def test_a_query_that_may_see_nothing_sees_nothing() -> None:
+    q, k = torch.randn(2, 1, 1, 3, 4).unbind()
+    mask = torch.tensor([[True, True, False], [False, False, False], [False, True, False]])
+    for call in (Call(mask=mask), Call(mask=torch.zeros(3, 3).masked_fill(~mask, -torch.inf))):
+        probs = probabilities(q, k, call)
+        assert not probs[..., 1, :].any()
+        torch.testing.assert_close(probs[..., [0, 2], :].sum(-1), torch.ones(1, 1, 2))
 
 
 def test_masks_of_appended_and_removed_keys() -> None:

@@ -186,6 +186,8 @@ def test_names_are_whole_names() -> None:
                 alone[name] = said(model, UNET)
         handles = {n: stirred(inject(model, planned, n), s) for s, n in enumerate(("style", "style2"))}
         both = said(model, UNET)
+        own = {id(p) for p in handles["style2"].parameters()}
+        assert {id(p) for p in model.parameters() if p.requires_grad} == own, "the one that came last trains"
         with handles["style"].disabled():
             assert torch.equal(said(model, UNET), alone["style2"])
         with handles["style2"].scaled(0):
@@ -202,35 +204,21 @@ def test_names_are_whole_names() -> None:
 
 
 def test_ranks_and_strengths_of_their_own_and_whole_names_of_layers() -> None:
-    """Block 1 takes nothing from block 10, nor from a block of a name that ends alike."""
-    blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
-    model = nn.ModuleDict(
-        {"blocks": blocks, "single_blocks": nn.ModuleList(nn.Linear(8, 8) for _ in range(2))}
-    )
-    rules = {"blocks.1": {"rank": 3, "lora_alpha": 12}, "single_blocks.*": {"rank": 1}}
-    handle = inject(
-        model,
-        plan(
-            model,
-            "blocks.* | single_blocks.1",
-            rank=2,
-            lora_alpha=2,
-            rules={
-                "blocks.1": {"rank": 3, "lora_alpha": 12},
-                "single_blocks.*": {"rank": 1, "lora_alpha": 5},
-            },
-        ),
-    )
-    assert rules
-    found = {
-        name: (layer.r["default"], float(layer.scaling["default"])) for name, layer in handle.layers.items()
-    }
-    assert found == {
-        **{f"blocks.{i}": (2, 1.0) for i in range(12) if i != 1},
-        "blocks.1": (3, 4.0),
-        "single_blocks.1": (1, 5.0),
-    }
-    assert not hasattr(model["single_blocks"][0], "lora_A")
+    """Block 1 takes nothing from block 10, nor from a block whose name ends alike."""
+
+    def blocks(count):
+        return nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(8, 8) for _ in range(count))})
+
+    model = nn.ModuleDict({**blocks(12), "inner": blocks(2)})
+    rules = {"blocks.1": {"rank": 3, "lora_alpha": 12}, "inner.**": {"rank": 1, "lora_alpha": 5}}
+    for inner in ("inner.blocks.0", "inner.blocks.1"):
+        with inject(model, plan(model, f"blocks.* | {inner}", rank=2, lora_alpha=2, rules=rules)) as handle:
+            found = {
+                name: (layer.r["default"], float(layer.scaling["default"]))
+                for name, layer in handle.layers.items()
+            }
+        expected = {f"blocks.{i}": (2, 1.0) for i in range(12)}
+        assert found == {**expected, "blocks.1": (3, 4.0), inner: (1, 5.0)}
 
 
 # ---- precision
