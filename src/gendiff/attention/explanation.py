@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import final
 
+from gendiff._tables import as_text
 from gendiff.attention.run import Layer, layer_of
 from gendiff.attention.site import Site
 
@@ -19,11 +20,7 @@ class Explanation:
             self.rows.append((site.name, " > ".join(map(str, ones)) or "-", *_kernel_at(site, layer)))
 
     def __repr__(self) -> str:
-        rows = [("site", "middlewares", "kernel", "why"), *self.rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return as_text(("site", "middlewares", "kernel", "why"), self.rows)
 
 
 def _kernel_at(site: Site, layer: Layer | None) -> tuple[str, str]:

@@ -1,12 +1,12 @@
 """All sites of a model, as a sequence that prints as a table."""
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import final, overload
 
 from torch import nn
 
+from gendiff._tables import as_html, as_text
 from gendiff.attention.facts import fact_at
 from gendiff.attention.rebinding import kernels_of, plain
 from gendiff.attention.selectors import On, selected
@@ -58,21 +58,14 @@ class Sites(Sequence[Site]):
 
         return [tuple(shown(getattr(site, column)) for column in COLUMNS) for site in self]
 
+    def _notes(self) -> list[str]:
+        return [f"{name}: {why}" for name, why in self.others.items()]
+
     def __repr__(self) -> str:
-        rows = [COLUMNS, *self._rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([*lines, *(f"{name}: {why}" for name, why in self.others.items())])
+        return "\n".join([as_text(COLUMNS, self._rows()), *self._notes()])
 
     def _repr_html_(self) -> str:
-        def row(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        body = "".join(row(cells, "td") for cells in self._rows())
-        rest = "".join(f"<p>{html.escape(f'{name}: {why}')}</p>" for name, why in self.others.items())
-        return f"<table>{row(COLUMNS, 'th')}{body}</table>{rest}"
+        return as_html(COLUMNS, self._rows(), self._notes())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ def inject(
 
     At first B is zero, so that the model says what it says frozen, bit for bit. From then on only the adapter
     trains. The scale of a layer is a tensor on its device, written in place by `scaled`, so that compiled and
-    captured steps see it change.
+    captured steps see it change; move the model to its device before, since peft does not move scales.
 
     Args:
         model: the network that was planned for.

@@ -1,8 +1,7 @@
 """What is to be adapted, and how strongly: decided, checked and printed before anything is changed."""
 
-import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -10,12 +9,14 @@ from torch import nn
 
 from gendiff import _patterns
 from gendiff._checks import unknown
+from gendiff._tables import as_html, as_text
 from gendiff.attention.selectors import Selector
 from gendiff.attention.table import unwrapped
 from gendiff.lora.presets import is_preset, preset
 from gendiff.lora.targets import Target, targets_of
 
 Rules: TypeAlias = Mapping[Selector | str, Mapping[str, Any] | None]
+COLUMNS = ("layer", "class", "weight", "rank", "lora_alpha", "scale", "learning_rate", "parameters")
 SETTINGS = ("rank", "lora_alpha", "learning_rate")
 
 
@@ -81,9 +82,8 @@ class LoraPlan:
                 return row
         raise KeyError(unknown("layer of the plan", name, [row.name for row in self.rows]))
 
-    def _table(self) -> list[tuple[str, ...]]:
-        head = ("layer", "class", "weight", "rank", "lora_alpha", "scale", "learning_rate", "parameters")
-        body = [
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
             (
                 row.name,
                 row.kind,
@@ -96,26 +96,15 @@ class LoraPlan:
             )
             for row in self.rows
         ]
-        return [head, *body]
 
     def _total(self) -> str:
         return f"{len(self.rows)} of {self.layers} layers, {self.parameters:,} parameters"
 
     def __repr__(self) -> str:
-        rows = self._table()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([*lines, self._total()])
+        return f"{as_text(COLUMNS, self._rows())}\n{self._total()}"
 
     def _repr_html_(self) -> str:
-        def row(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        head, *body = self._table()
-        rows = "".join(row(cells, "td") for cells in body)
-        return f"<table>{row(head, 'th')}{rows}</table><p>{html.escape(self._total())}</p>"
+        return as_html(COLUMNS, self._rows(), [self._total()])
 
 
 def plan(
