@@ -85,13 +85,14 @@ def test_no_middleware_waits_and_all_are_undone(number, dtype) -> None:
     unet, call = on_gpu(UNET, dtype)
     plain = call()
     middleware, on, limits = list(middlewares(unet))[number]
-    with stack(unet, rows=ROWS) as one:
+    rows = ("cond",) if isinstance(middleware, SharedKV) else ROWS  # it shares among the rows of a branch
+    with stack(unet, rows=rows) as one:
         one.add(middleware, on=on, **limits)
         call()
         with nothing_waits():
             changed = call()
     if not isinstance(middleware, Same | Capture):
-        assert not torch.equal(changed, plain)
+        assert (changed - plain).abs().max() > 1e-4
     else:
         assert torch.equal(changed, plain)
     assert torch.equal(call(), plain)
@@ -137,13 +138,11 @@ def test_what_is_attached_is_not_changed_in_a_capture() -> None:
         call()
         torch.cuda.synchronize()
 
-        def capture(change):
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                change()
-
         for change in (handle.remove, partial(one.add, Same())):
-            with pytest.raises(RuntimeError, match="while a CUDA graph is being captured"):
-                capture(change)
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device="cuda")
+                with pytest.raises(RuntimeError, match="while a CUDA graph is being captured"):
+                    change()
         assert handle.attached
 
 

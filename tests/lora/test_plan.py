@@ -169,7 +169,7 @@ def test_nothing_is_changed_and_layers_that_carry_adapters_count_once() -> None:
 def test_a_table() -> None:
     planned = plan(build(FLUX), "flux/attention", rank=2, lora_alpha=4)
     lines = repr(planned).splitlines()
-    assert lines[0].split()[:4] == ["layer", "class", "weight", "rank"]
+    assert lines[0].split()[:4] == ["layer", "class", "weight", "algorithm"]
     assert lines[-1] == f"{len(planned)} of {planned.layers} layers, {planned.parameters:,} parameters"
     assert planned._repr_html_().count("<tr>") == len(planned) + 1
     assert planned["transformer_blocks.0.attn.to_q"].scale == 2

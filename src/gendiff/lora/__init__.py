@@ -1,5 +1,6 @@
 """Low-rank adapters: planned and checked before anything is changed, put on, and taken off exactly."""
 
+from gendiff.lora.adapter import Adapter as Adapter
 from gendiff.lora.handle import LoraHandle as LoraHandle
 from gendiff.lora.inject import inject as inject
 from gendiff.lora.inject import remove as remove

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from gendiff._checks import unknown
 from gendiff._groups import ParamGroup
 from gendiff.attention.handle import changeable
-from gendiff.lora.plan import LoraPlan
+from gendiff.lora.adapter import Adapter
+from gendiff.lora.algorithms import ALGORITHMS, delta
+from gendiff.lora.layers import MARKS, is_bare, part_of
+from gendiff.lora.plan import LoraPlan, Planned
 
 HELD = "_gendiff_adapters"  # the handles of a model, by name
 TRAINED = "_gendiff_trained"  # what required grad before the first of them
@@ -34,7 +37,9 @@ class LoraHandle:
     ) -> None:
         self.model, self.name, self.plan, self.layers, self.attached = model, name, plan, layers, True
         self._trained = trained
-        self.scales = {row.name: layers[row.name].scaling[name] for row in plan.rows}
+        self.scales: dict[str, Tensor] = {
+            row.name: layers[row.name].scaling[name] for row in plan.rows if ALGORITHMS[row.algorithm].scaled
+        }
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The adapter's weights."""
@@ -43,9 +48,42 @@ class LoraHandle:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's weights by layer and part, as `...to_q.lora_A`."""
         self._check()
-        for name, layer in self.layers.items():
-            for part in ("lora_A", "lora_B"):
-                yield f"{name}.{part}", getattr(layer, part)[self.name].weight
+        for row in self.plan.rows:
+            for part in ALGORITHMS[row.algorithm].shapes(row):
+                yield f"{row.name}.{part}", part_of(self.layers[row.name], part, self.name)
+
+    def adapter(self) -> Adapter:
+        """A copy of the adapter by itself, at full strength, as files, `inject` and the algebra take it."""
+        self._check()
+        return Adapter(
+            self.plan,
+            {
+                row.name: {part: one.detach().clone() for part, one in self._parts(row).items()}
+                for row in self.plan.rows
+            },
+        )
+
+    def swap(self, adapter: Adapter) -> None:
+        """Put the numbers of another adapter in the place of this one's.
+
+        Raises:
+            ValueError: for an adapter of other layers, algorithms or ranks; nothing has changed then.
+        """
+        self._check()
+        if adapter.plan.rows != self.plan.rows:
+            raise ValueError("the adapter is of another plan.")
+        with torch.no_grad():
+            for row in self.plan.rows:
+                for part, one in self._parts(row).items():
+                    one.copy_(adapter.tensors[row.name][part])
+
+    def _parts(self, row: Planned) -> dict[str, Tensor]:
+        """The parts of a layer, of the shapes that the algorithm says."""
+        layer = self.layers[row.name]
+        return {
+            part: part_of(layer, part, self.name).view(shape)
+            for part, shape in ALGORITHMS[row.algorithm].shapes(row).items()
+        }
 
     def param_groups(
         self, learning_rate: float | int, loraplus_lr_ratio: float | int = 1
@@ -87,8 +125,10 @@ class LoraHandle:
         self._check()
         if layer not in self.layers:
             raise KeyError(unknown("layer of the adapter", layer, self.layers))
+        row = self.plan[layer]
         with torch.no_grad():
-            return self.layers[layer].get_delta_weight(self.name)
+            weight = self.layers[layer].get_base_layer().weight
+            return delta(row, self._parts(row), weight, self.scales.get(layer))
 
     @contextmanager
     def scaled(self, weight: float | int | Tensor) -> Iterator[None]:
@@ -166,7 +206,7 @@ def _take_off(handle: LoraHandle) -> None:
     for path, layer in handle.layers.items():
         layer._active_adapter = [one for one in layer.active_adapters if one != name]
         layer.delete_adapter(name)
-        if not len(layer.lora_A):
+        if is_bare(layer):
             parent, _, last = path.rpartition(".")
             root.get_submodule(parent)._modules[last] = layer.get_base_layer()
     root.peft_config.pop(name, None)
@@ -175,7 +215,7 @@ def _take_off(handle: LoraHandle) -> None:
         tell(root, False)
     held = vars(root)[HELD]
     del held[name]
-    trained = {key: value for key, value in handle._trained.items() if ".lora_" in key}
+    trained = {key: value for key, value in handle._trained.items() if any(mark in key for mark in MARKS)}
     if not held:
         del vars(root)[HELD]
         trained = vars(root).pop(TRAINED)

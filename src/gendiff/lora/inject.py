@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +12,10 @@ from gendiff.attention.handle import changeable
 from gendiff.attention.project import refuse_fused
 from gendiff.attention.site import is_layer
 from gendiff.attention.table import unwrapped
+from gendiff.lora.adapter import Adapter
+from gendiff.lora.algorithms import ALGORITHMS
 from gendiff.lora.handle import HELD, TRAINED, LoraHandle, tell
+from gendiff.lora.layers import carries, config, family, part_of, tuner
 from gendiff.lora.plan import LoraPlan
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # it becomes part of keys and of file names
@@ -21,7 +23,7 @@ NAME = re.compile(r"[A-Za-z0-9_-]+")  # it becomes part of keys and of file name
 
 def inject(
     model: nn.Module,
-    plan: LoraPlan,
+    plan: LoraPlan | Adapter,
     adapter_name: str = "default",
     *,
     dtype: torch.dtype = torch.float32,
@@ -36,7 +38,7 @@ def inject(
 
     Args:
         model: the network that was planned for.
-        plan: see `plan`.
+        plan: see `plan`; or an adapter with its numbers, as `read` and the algebra give it.
         adapter_name: letters, digits, - and _; one that the model has is refused, and no other is touched.
         dtype: of the adapter's weights, whatever the model's: bfloat16 weights lose small updates.
         init: how A begins: True is peft's own, uniform, "gaussian" normal with deviation 1/rank.
@@ -51,8 +53,12 @@ def inject(
 
     Hu et al. 2021, *LoRA*, arXiv 2106.09685, section 4.1.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
+    if isinstance(plan, Adapter):
+        handle = inject(model, plan.plan, adapter_name, dtype=dtype)
+        handle.swap(plan)
+        return handle
     changeable()
     root = unwrapped(model)
     if init not in (True, "gaussian"):
@@ -61,23 +67,23 @@ def inject(
     _check_plan(root, plan)
     trained = {name: parameter.requires_grad for name, parameter in root.named_parameters()}
     modules: list[tuple[str, Any]] = list(root.named_modules())
-    active = {name: list(one.active_adapters) for name, one in modules if hasattr(one, "lora_A")}
+    active = {name: list(one.active_adapters) for name, one in modules if family(one)}
     devices = {p.device.index for p in root.parameters() if p.device.type == "cuda"}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(seed)
         # several adapters are what is asked for
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(_config(LoraConfig, plan, init), root, adapter_name)
-    layers: dict[str, Any] = {
-        name: module for name, module in root.named_modules() if adapter_name in getattr(module, "lora_A", ())
-    }
-    assert list(layers) == [row.name for row in plan.rows]
+        inject_adapter_in_model(config(plan, init), root, adapter_name)
+    layers: dict[str, Any] = {row.name: root.get_submodule(row.name) for row in plan.rows}
     for row in plan.rows:
-        layer = layers[row.name]
-        device = layer.get_base_layer().weight.device
-        layer.scaling[adapter_name] = torch.tensor(row.scale, dtype=torch.float32, device=device)
-        for part in (layer.lora_A, layer.lora_B):
-            part[adapter_name].to(dtype)
+        layer, parts = layers[row.name], ALGORITHMS[row.algorithm].shapes(row)
+        assert all(carries(layer, part, adapter_name) for part in parts)
+        for part in parts:
+            parameter = part_of(layer, part, adapter_name)
+            parameter.data = parameter.data.to(dtype)
+        if tuner(row.algorithm) == "lora":
+            device = layer.get_base_layer().weight.device
+            layer.scaling[adapter_name] = torch.tensor(row.scale, dtype=torch.float32, device=device)
         layer._active_adapter = [*active.get(row.name, ()), adapter_name]
     tell(root, True)
     handle = LoraHandle(root, adapter_name, plan, layers, trained)
@@ -101,22 +107,6 @@ def remove(model: nn.Module, adapter_name: str) -> None:
     held[adapter_name].remove()
 
 
-def _config(kind: Any, plan: LoraPlan, init: str | bool) -> Any:
-    """What peft makes the same adapters of; every pattern is a whole name."""
-    rank = Counter(row.rank for row in plan.rows).most_common(1)[0][0]
-    alpha = Counter(row.lora_alpha for row in plan.rows).most_common(1)[0][0]
-    exact = {row.name: f"^{re.escape(row.name)}" for row in plan.rows}
-    return kind(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules="|".join(map(re.escape, exact)),
-        rank_pattern={exact[row.name]: row.rank for row in plan.rows if row.rank != rank},
-        alpha_pattern={exact[row.name]: row.lora_alpha for row in plan.rows if row.lora_alpha != alpha},
-        init_lora_weights=init,
-        use_rslora=plan.rows[0].rslora,
-    )
-
-
 def _check_name(root: Any, name: str) -> None:
     if not NAME.fullmatch(name):
         raise ValueError(f"the name of an adapter has letters, digits, - and _, got {name!r}.")
@@ -138,6 +128,11 @@ def _check_plan(root: nn.Module, plan: LoraPlan) -> None:
                 f"model."
             ) from None
         base = getattr(module, "base_layer", module)
+        if family(module) not in (None, tuner(row.algorithm)):
+            raise ValueError(
+                f"{row.name} carries a {family(module)} adapter, on which no {row.algorithm} can be put: "
+                f"remove that one first, or leave the layer out."
+            )
         if tuple(base.weight.shape) != row.shape:
             raise ValueError(
                 f"the plan is for {row.name} of shape {row.shape}, which has {tuple(base.weight.shape)} "

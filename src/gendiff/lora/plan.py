@@ -12,11 +12,22 @@ from gendiff._checks import unknown
 from gendiff._tables import as_html, as_text
 from gendiff.attention.selectors import Selector
 from gendiff.attention.table import unwrapped
+from gendiff.lora.algorithms import ALGORITHMS
 from gendiff.lora.presets import is_preset, preset
 from gendiff.lora.targets import Target, targets_of
 
 Rules: TypeAlias = Mapping[Selector | str, Mapping[str, Any] | None]
-COLUMNS = ("layer", "class", "weight", "rank", "lora_alpha", "scale", "learning_rate", "parameters")
+COLUMNS = (
+    "layer",
+    "class",
+    "weight",
+    "algorithm",
+    "rank",
+    "lora_alpha",
+    "scale",
+    "learning_rate",
+    "parameters",
+)
 SETTINGS = ("rank", "lora_alpha", "learning_rate")
 
 
@@ -29,10 +40,12 @@ class Planned:
         name: dotted name of the layer.
         kind: its class.
         shape: of its weight.
-        rank: rows of A and columns of B.
+        rank: rows of A and columns of B; of OFT the size of a block.
         lora_alpha: what the scale is lora_alpha over the rank of.
         learning_rate: of its own; None is the optimizer's.
         rslora: whether the scale is lora_alpha / sqrt(rank).
+        algorithm: "lora", "dora", "loha", "lokr" or "oft".
+        options: settings of the algorithm, by name, that are not its defaults.
     """
 
     name: str
@@ -42,6 +55,8 @@ class Planned:
     lora_alpha: float
     learning_rate: float | None = None
     rslora: bool = False
+    algorithm: str = "lora"
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def scale(self) -> float:
@@ -50,9 +65,12 @@ class Planned:
 
     @property
     def parameters(self) -> int:
-        """How many numbers A and B have; of a convolution A has the kernel, and B none."""
-        out, inward, *kernel = self.shape
-        return self.rank * (out + inward * math.prod(kernel))
+        """How many numbers its parts have."""
+        return sum(math.prod(shape) for shape in ALGORITHMS[self.algorithm].shapes(self).values())
+
+    def option(self, name: str) -> Any:
+        """A setting of the algorithm."""
+        return dict(self.options).get(name, ALGORITHMS[self.algorithm].options[name])
 
 
 @final
@@ -88,6 +106,7 @@ class LoraPlan:
                 row.name,
                 row.kind,
                 "x".join(map(str, row.shape)),
+                row.algorithm,
                 str(row.rank),
                 f"{row.lora_alpha:g}",
                 f"{row.scale:g}",
@@ -115,6 +134,8 @@ def plan(
     lora_alpha: float | int | None = None,
     rules: Rules | None = None,
     rslora: bool = False,
+    algorithm: str = "lora",
+    options: Mapping[str, Any] | None = None,
 ) -> LoraPlan:
     """Decide which layers of a model get an adapter, and of what rank and strength; nothing is changed.
 
@@ -128,6 +149,10 @@ def plan(
             `learning_rate`, or to None, which leaves them out. A later rule wins; a `rank` without a
             `lora_alpha` takes that of the plan.
         rslora: whether the scale is lora_alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+        algorithm: "lora"; "dora", which learns the length of each row apart; "loha" and "lokr", Hadamard and
+            Kronecker products of low rank; "oft", which turns the inputs in blocks of rank channels.
+        options: of "lokr": `decompose_factor`, the lesser factor of the widths, where -1 takes the most even
+            one, and `decompose_both`, whether the lesser matrix is of low rank too.
 
     Returns:
         The `LoraPlan`.
@@ -140,11 +165,12 @@ def plan(
 
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> plan(net, "*", rank=2, rules={"2": {"rank": 1, "learning_rate": 1e-4}})
-    layer  class   weight  rank  lora_alpha  scale  learning_rate  parameters
-    0      Linear  6x4     2     2           1      -              20
-    2      Linear  2x6     1     1           1      0.0001         8
+    layer  class   weight  algorithm  rank  lora_alpha  scale  learning_rate  parameters
+    0      Linear  6x4     lora       2     2           1      -              20
+    2      Linear  2x6     lora       1     1           1      0.0001         8
     2 of 2 layers, 28 parameters
     """
+    kind = _algorithm(algorithm, options, rslora, lora_alpha)
     every = targets_of(model)
     chosen = _chosen(unwrapped(model), every, targets)
     settings: dict[str, dict[str, Any] | None] = {target.name: {"rank": rank} for target in chosen}
@@ -158,29 +184,59 @@ def plan(
     for target in chosen:
         given = settings[target.name]
         if given is not None:
-            rows.append(_planned(target, given, lora_alpha, rslora))
+            rows.append(_planned(target, given, lora_alpha, kind))
     if not rows:
         raise ValueError(f"the rules leave out all {len(chosen)} layers of the targets.")
     return LoraPlan(tuple(rows), len(every))
 
 
+def _algorithm(
+    name: str, options: Mapping[str, Any] | None, rslora: bool, lora_alpha: float | int | None
+) -> dict[str, Any]:
+    """What every row says of the algorithm."""
+    if name not in ALGORITHMS:
+        raise ValueError(unknown("algorithm", name, ALGORITHMS))
+    known = ALGORITHMS[name].options
+    for option in options or ():
+        if option not in known:
+            raise ValueError(unknown(f"option of {name}", option, known))
+    if rslora and name not in ("lora", "dora"):
+        raise ValueError(f"rslora is a scale of lora and dora, and {name} has none such.")
+    if lora_alpha is not None and not ALGORITHMS[name].scaled:
+        raise ValueError(f"{name} has no scale, so that lora_alpha says nothing: leave it out.")
+    changed = tuple((key, value) for key, value in sorted((options or {}).items()) if value != known[key])
+    return {"rslora": rslora, "algorithm": name, "options": changed}
+
+
 def _planned(
-    target: Target, given: Mapping[str, Any], lora_alpha: float | int | None, rslora: bool
+    target: Target, given: Mapping[str, Any], lora_alpha: float | int | None, kind: Mapping[str, Any]
 ) -> Planned:
     rank, rate = given["rank"], given.get("learning_rate")
     alpha = given.get("lora_alpha", lora_alpha)
     alpha = float(rank if alpha is None else alpha)
-    highest = min(target.shape[0], math.prod(target.shape[1:]))
+    algorithm = ALGORITHMS[kind["algorithm"]]
+    if target.kind != "Linear" and not algorithm.convolves:
+        raise ValueError(
+            f"{target.name} is a {target.kind}, which carries no {kind['algorithm']}: leave it out, or take "
+            f"another algorithm."
+        )
+    highest = algorithm.limit(target.shape[0], math.prod(target.shape[1:]))
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= highest:
         raise ValueError(
             f"ranks are whole numbers from 1 to that of the weight, which is {highest} at {target.name} of "
             f"shape {target.shape}, got {rank!r}."
         )
+    if kind["algorithm"] == "oft" and (rank == 1 or target.shape[1] % rank):
+        sizes = [one for one in range(2, highest + 1) if highest % one == 0]
+        raise ValueError(
+            f"oft turns blocks of rank channels: at {target.name}, of {highest}, the rank is one of "
+            f"{', '.join(map(str, sizes))}, got {rank}."
+        )
     if not math.isfinite(alpha) or alpha <= 0:
         raise ValueError(f"lora_alpha is a number above 0, got {alpha:g} for {target.name}.")
     if rate is not None and not (math.isfinite(rate) and rate >= 0):
         raise ValueError(f"a learning rate is a number of 0 or more, got {rate!r} for {target.name}.")
-    return Planned(target.name, target.kind, target.shape, rank, alpha, rate, rslora)
+    return Planned(target.name, target.kind, target.shape, rank, alpha, rate, **kind)
 
 
 def _chosen(root: nn.Module, every: list[Target], targets: str | Selector | Iterable[str]) -> list[Target]:

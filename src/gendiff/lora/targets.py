@@ -39,7 +39,7 @@ def targets_of(model: nn.Module) -> list[Target]:
         if name.startswith(inside) and inside:
             continue  # the parts of a layer that carries adapters already
         base = getattr(module, "base_layer", module)
-        if isinstance(base, KINDS):
+        if isinstance(base, KINDS) and getattr(base, "groups", 1) == 1:
             found.append((name, base))
             inside = (*inside, f"{name}.") if base is not module else inside
     last = max(len(found) - 1, 1)
