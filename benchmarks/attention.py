@@ -6,8 +6,9 @@ that it runs.
 UNets of released sizes with random weights in bfloat16, two rows as with guidance. Stock and stacked take
 turns; a figure is the least time of a forward pass over the turns. "compiled" is each block of layers
 compiled by itself. The exit status is 1 where one is dearer than promised: 1.01 compiled and 1.03 eager for
-middlewares that change nothing at every layer, 1.15 for maps of the layers of a quarter of the side (16 x 16
-of Stable Diffusion 1.5). For the image prompt "stock" is diffusers' own processors.
+middlewares that change nothing at every layer, 1.15 for maps of the 5 layers of 16 x 16 tokens of Stable
+Diffusion 1.5. Of SDXL the maps are those of its 50 layers of 32 x 32 tokens, for which nothing is promised. For
+the image prompt "stock" is diffusers' own processors.
 """
 
 import argparse
@@ -73,14 +74,16 @@ def call(unet: Any, side: int, device: str, dtype: torch.dtype, **added: Any) ->
 
 
 def milliseconds(run: Callable[[], Any], count: int) -> float:
-    """Of one pass, over some that follow each other."""
+    """The least of some passes, each by itself: a host that others use too is slow for seconds at a time."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    began = time.perf_counter()
+    least = float("inf")
     for _ in range(count):
+        wait()
+        began = time.perf_counter()
         run()
-    wait()
-    return 1e3 * (time.perf_counter() - began) / count
+        wait()
+        least = min(least, time.perf_counter() - began)
+    return 1e3 * least
 
 
 def ratio(
@@ -162,7 +165,8 @@ def main(rounds: int, tiny: bool, compiling: bool) -> int:
         held &= report(name, f"no-op, {every} sites, eager", *times, PROMISED["eager"])
         maps = added(unet, Capture(), chosen)
         what = f"maps of {len(sites(unet).on(chosen))} sites, eager"
-        held &= report(name, what, *ratio(run, maps, rounds, count), PROMISED["maps"])
+        promised = PROMISED["maps"] if side // 4 == 16 else None
+        held &= report(name, what, *ratio(run, maps, rounds, count), promised)
         image_prompt(name, unet, side, device, dtype, rounds, count)
         if compiling:
             held &= compiled(name, unet, run, noop, rounds, count)

@@ -138,9 +138,13 @@ class Capture(Middleware):
         new = seen(q, k, call, columns, self.chunk).T.unflatten(1, tuple(grid)).mean(1)
         new = new * q.shape[1] if self.reduce == "sum" else new
         new = _resized(new, self.size or tuple(new.shape[1:]))
-        weight = torch.ones_like(sums.count) if limits.window is None else limits.window.open(context).float()
-        sums.total.add_(new * weight)
-        sums.count.add_(weight)
+        if limits.window is None:
+            sums.total.add_(new)
+            sums.count.add_(1)
+        else:
+            weight = limits.window.open(context).float()
+            sums.total.add_(new * weight)
+            sums.count.add_(weight)
 
     # ---- what was gathered
 
@@ -199,13 +203,14 @@ def seen(q: Tensor, k: Tensor, call: Call, columns: slice | Tensor, chunk: int =
         columns: which keys.
         chunk: number of queries whose probabilities are in memory at a time.
     """
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    if k.shape[1] != q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     parts: list[Tensor] = []
     for start in range(0, q.shape[2], chunk):
         rows = slice(start, start + chunk)
         probs = probabilities(q[:, :, rows], k, call.part(slice(None), rows, q, k))
         parts.append(probs[..., columns].mean((0, 1)))
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _spans(site: Site, context: Context, q: Tensor, k: Tensor) -> tuple[slice, int, int]:

@@ -354,7 +354,8 @@ class IPAdapter(nn.Module, Middleware):
         if not self.parts:
             if batch % len(x):
                 raise ValueError(f"the images have {len(x)} rows, which do not divide a batch of {batch}.")
-            return x.repeat_interleave(batch // len(x), 0)
+            times = batch // len(x)
+            return x.expand(batch, *x.shape[1:]) if len(x) == 1 else x.repeat_interleave(times, 0)
         places = sorted((context.rows_of(name, batch).indices(batch), name) for name in context.rows)
         ends = [0, *(stop for (_, stop, _), _ in places)]
         if ends[:-1] != [start for (start, _, _), _ in places] or ends[-1] != batch:

@@ -76,7 +76,8 @@ class Attachment:
 
     def weighed(self, new: Tensor) -> Tensor:
         """What is to be added, zero where and when it is off."""
-        return self.blend(torch.zeros_like(new), new)
+        limited = self.rows is not None or self.window is not None
+        return self.blend(torch.zeros_like(new), new) if limited else new
 
 
 @final
