@@ -1,14 +1,14 @@
 """What a stack on attention costs on a GPU: nothing changed at every layer, maps captured, images as prompts.
 
-Run on a CUDA device: python -m benchmarks.attention [--rounds 5] [--no-compile]; with --tiny anywhere, to see
-that it runs.
+Run on a CUDA device: python -m benchmarks.attention [--rounds 5] [--models SDXL] [--no-compile]; with --tiny
+anywhere, to see that it runs.
 
 UNets of released sizes with random weights in bfloat16, two rows as with guidance. Stock and stacked take
 turns; a figure is the least time of a forward pass over the turns. "compiled" is each block of layers
 compiled by itself. The exit status is 1 where one is dearer than promised: 1.01 compiled and 1.03 eager for
 middlewares that change nothing at every layer, 1.15 for maps of the 5 layers of 16 x 16 tokens of Stable
-Diffusion 1.5. Of SDXL the maps are those of its 50 layers of 32 x 32 tokens, for which nothing is promised. For
-the image prompt "stock" is diffusers' own processors.
+Diffusion 1.5. Of SDXL the maps are those of its 50 layers of 32 x 32 tokens, for which nothing is promised.
+For the image prompt "stock" is diffusers' own processors.
 """
 
 import argparse
@@ -37,9 +37,9 @@ class NoOp(Middleware):
         return q, k, v
 
 
-def networks(tiny: bool) -> dict[str, tuple[Any, int]]:
+def networks(names: list[str]) -> dict[str, tuple[Any, int]]:
     """Networks with the side of their latents."""
-    if tiny:
+    if names == ["tiny"]:
         small = lib.UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(32, 64, 64, 64),
@@ -48,10 +48,11 @@ def networks(tiny: bool) -> dict[str, tuple[Any, int]]:
             attention_head_dim=8,
         )
         return {"tiny": (small, 16)}
-    return {
-        "SD1.5": (lib.UNet2DConditionModel(cross_attention_dim=768, sample_size=64), 64),
-        "SDXL": (sdxl_unet(), 128),
+    made = {
+        "SD1.5": (lambda: lib.UNet2DConditionModel(cross_attention_dim=768, sample_size=64), 64),
+        "SDXL": (sdxl_unet, 128),
     }
+    return {name: (make(), side) for name, (make, side) in made.items() if name in names}
 
 
 def call(unet: Any, side: int, device: str, dtype: torch.dtype, **added: Any) -> Callable[[], Any]:
@@ -152,12 +153,12 @@ def report(name: str, what: str, stock: float, ours: float, promised: float | No
     return holds
 
 
-def main(rounds: int, tiny: bool, compiling: bool) -> int:
+def main(rounds: int, names: list[str], compiling: bool) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    count, held = (2 if tiny else 20), True
+    count, held = (2 if names == ["tiny"] else 20), True
     print(f"{'':8}{'milliseconds a pass':28}{'stock':>10}{'stacked':>10}{'ratio':>8}")
-    for name, (unet, side) in networks(tiny).items():
+    for name, (unet, side) in networks(names).items():
         unet.to(device, dtype).eval().requires_grad_(False)
         run, every = call(unet, side, device, dtype), len(sites(unet))
         noop, chosen = added(unet, NoOp()), quarter(unet, side)
@@ -188,7 +189,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--models", nargs="+", default=["SD1.5", "SDXL"])
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
     with torch.no_grad():
-        sys.exit(main(arguments.rounds, arguments.tiny, not arguments.no_compile))
+        names = ["tiny"] if arguments.tiny else arguments.models
+        sys.exit(main(arguments.rounds, names, not arguments.no_compile))

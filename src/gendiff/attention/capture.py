@@ -18,6 +18,7 @@ from gendiff.attention.sums import Sums
 from gendiff.attention.words import Tokens, kept
 
 TEXTUAL = ("cross", "joint", "single")
+MOST = 2**25  # probabilities in memory at a time, float32: 128 MB
 _numbers = itertools.count()
 
 
@@ -44,7 +45,8 @@ class Capture(Middleware):
         reduce: "mean" over heads, steps and sites, or their "sum".
         size: height and width to which every map is brought, bilinear, before it is added; None keeps the
             grid of each site, whose size may then change after a `reset` only.
-        chunk: number of queries whose probabilities are in memory at a time.
+        chunk: number of queries whose probabilities are in memory at a time; None is as many as have 32
+            million of them.
 
     Raises:
         ValueError: for no token, an unknown reduction, a chunk or a size below 1.
@@ -63,12 +65,12 @@ class Capture(Middleware):
         rows: str | None = None,
         reduce: Literal["mean", "sum"] = "mean",
         size: tuple[int, int] | None = None,
-        chunk: int = 512,
+        chunk: int | None = None,
     ) -> None:
         self.words, self._groups, self.tokens = kept(tokens)
         if reduce not in ("mean", "sum"):
             raise ValueError(unknown("reduction", reduce, ("mean", "sum")))
-        if chunk < 1 or (size is not None and min(size) < 1):
+        if (chunk is not None and chunk < 1) or (size is not None and min(size) < 1):
             raise ValueError(f"chunk and both parts of size are numbers >= 1, got {chunk} and {size}.")
         self.rows, self.reduce, self.size, self.chunk = rows, reduce, size, chunk
         self._sums: dict[str, Sums] = {}
@@ -193,7 +195,7 @@ class Capture(Middleware):
             sums.clear()
 
 
-def seen(q: Tensor, k: Tensor, call: Call, columns: slice | Tensor, chunk: int = 512) -> Tensor:
+def seen(q: Tensor, k: Tensor, call: Call, columns: slice | Tensor, chunk: int | None = None) -> Tensor:
     """How much each query sees of some keys: probabilities [queries, keys], the mean over batch and heads.
 
     Args:
@@ -201,8 +203,10 @@ def seen(q: Tensor, k: Tensor, call: Call, columns: slice | Tensor, chunk: int =
         k: keys [B, heads, K, D]; fewer heads than the queries where groups of those share one.
         call: what the kernel is asked for.
         columns: which keys.
-        chunk: number of queries whose probabilities are in memory at a time.
+        chunk: number of queries whose probabilities are in memory at a time; None is as many as have 32
+            million of them.
     """
+    chunk = chunk or max(1, MOST // (q.shape[0] * q.shape[1] * k.shape[2]))
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     parts: list[Tensor] = []

@@ -303,7 +303,7 @@ class GendiffScheduler(ConfiguredScheduler):
         dtype = x.dtype if run.levels.row.wide_noise else out.dtype
         source = given[0] if given else None
         if source is None or (isinstance(source, torch.Generator) and source.device == x.device):
-            return torch.randn(x.shape, generator=source, device=x.device, dtype=dtype)  # the same, sooner
+            return x.new_empty(x.shape, dtype=dtype).normal_(generator=source)  # torch.randn's, sooner
         return randn_tensor(tuple(x.shape), source, x.device, dtype)
 
 
