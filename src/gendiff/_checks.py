@@ -73,5 +73,11 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     """
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; one that has it costs no call of torch, which a step on a GPU would notice."""
+    return x if x.dtype == dtype else x.to(dtype)

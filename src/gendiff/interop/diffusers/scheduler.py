@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from gendiff._checks import working_dtype
+from gendiff._checks import cast, working_dtype
 from gendiff.interop.diffusers.scheduler_base import ConfiguredScheduler
 from gendiff.interop.diffusers.scheduler_moves import Move
 from gendiff.interop.diffusers.scheduler_run import Run
@@ -164,7 +164,8 @@ class GendiffScheduler(ConfiguredScheduler):
     def _seen(self, run: Run, timestep: Any, expected: int | None) -> int:
         """The evaluation that a timestep stands for, where that can be told without waiting for a device."""
         if isinstance(timestep, Tensor):
-            if timestep.ndim == 0 and _storage(timestep) == _storage(self._issued):
+            issued = timestep._base is self._issued or _storage(timestep) == _storage(self._issued)
+            if timestep.ndim == 0 and issued:
                 return int(timestep.storage_offset())  # one of those that set_timesteps handed out
             if expected is not None and (timestep.device.type != "cpu" or timestep.numel() != 1):
                 return expected
@@ -243,23 +244,24 @@ class GendiffScheduler(ConfiguredScheduler):
         run = self._ready()
         index = self._locate(run, timestep)
         move, row = run.moves(eta, self.state.origin)[index], run.levels.row
-        x = sample.to(working_dtype(sample))
+        x = cast(sample, working_dtype(sample))
         out, channels = _split(model_output, x, run.learned_variance)
-        registers = {"x": x, "out": out.to(x.dtype), **self.state.registers}
+        registers = {"x": x, "out": cast(out, x.dtype), **self.state.registers}
         if move.noisy and not self.state.idle:
             drawn = self._noise(run, move, x, out, generator, noise, variance_noise)
             spread = move.stage.spread
             registers["noise"] = drawn if spread is None else drawn * spread.deviation(channels)
         new, memory, answer = self._moved(run, move, index, registers, eta, use_clipped_model_output)
         self.state = Progress(index + 1, memory, origin=self.state.origin)
-        new = new.to(out.dtype if row.like_output else torch.promote_types(sample.dtype, out.dtype))
+        alike = row.like_output or sample.dtype == out.dtype
+        new = cast(new, out.dtype if alike else torch.promote_types(sample.dtype, out.dtype))
         if not row.answers and not return_dict:
             return (new,)
         if answer is None:
             answer = _answer(run.method, move, run.points[index + 1], registers)
         if not return_dict:
-            return (new, answer.to(new.dtype))
-        return GendiffSchedulerOutput(prev_sample=new, pred_original_sample=answer.to(new.dtype))
+            return (new, cast(answer, new.dtype))
+        return GendiffSchedulerOutput(prev_sample=new, pred_original_sample=cast(answer, new.dtype))
 
     def _moved(
         self,
