@@ -28,7 +28,7 @@ Plain = Callable[[Tensor, Tensor, Tensor, Call], Tensor]
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Attachment:
     """A middleware of a stack, with the rows and the window it is limited to.
 
@@ -88,6 +88,12 @@ class Layer:
         site: the layer.
     """
 
+    # a compiled call checks what it reads, and of an object with a dictionary that as well
+    __slots__ = (
+        *("attachments", "by_hook", "call", "contexts", "inside", "joint", "kernel", "main", "other"),
+        *("processor", "site", "used"),
+    )
+
     def __init__(self, site: Site) -> None:
         self.site, self.processor = site, site.module.processor
         self.attachments: tuple[Attachment, ...] = ()
@@ -95,8 +101,9 @@ class Layer:
         self.call: Call | None = None  # what the kernel was asked for, while `on_heads` runs
         self.main = 0  # which call of a kernel is the attention itself
         self.by_hook: dict[str, tuple[Attachment, ...]] = dict.fromkeys(HOOKS, ())
+        self.used: tuple[str, ...] = ()  # the hooks that anything is attached to
         self.contexts: tuple[Context, ...] = ()
-        self.inside = False
+        self.inside, self.joint = False, site.kind == "joint"
         self.other: int | None = None  # where the other stream stands in a call
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -112,40 +119,45 @@ class Layer:
         for name in HOOKS:
             having = tuple(one for one in self.attachments if name in one.middleware.hooks)
             self.by_hook[name] = having[::-1] if name in ("on_heads", "on_output") else having
+        self.used = tuple(name for name in HOOKS if self.by_hook[name])
         self.contexts = tuple(dict.fromkeys(one.context for one in self.attachments))
-        self.inside = kernel is not None or any(self.by_hook[name] for name in INSIDE)
+        self.inside = kernel is not None or any(name in INSIDE for name in self.used)
+
+    def hook(self, name: str) -> tuple[Attachment, ...]:
+        """What is attached to a hook; a compiled call checks those that are used, and no others."""
+        return self.by_hook[name] if name in self.used else ()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call, own: Plain) -> Tensor:
         """Attention with all that is attached."""
-        site, hooks = self.site, self.by_hook
+        site = self.site
         keys = k.shape[-2]
-        for one in hooks["on_qkv"]:
+        for one in self.hook("on_qkv"):
             new = one.middleware.on_qkv(site, one.context, q, k, v)
             q, k, v = one.blend(q, new[0]), one.blend(k, new[1]), one.blend(v, new[2])
         if k.shape[-2] != keys and call.mask is not None:
             call = call.longer(k.shape[-2])
-        for one in hooks["on_bias"]:
+        for one in self.hook("on_bias"):
             bias = one.middleware.on_bias(site, one.context, q, k)
             if bias is not None:
                 bias = bias[(None,) * (4 - bias.ndim)]
                 if one.rows is not None:
                     bias = bias.expand(len(q), -1, -1, -1)
                 call = call.beside(one.weighed(bias))
-        if hooks["on_probs"]:
+        if self.hook("on_probs"):
             k_all, v_all = together(q, k, v, call)
             probs = probabilities(q, k_all, call)
-            for one in hooks["on_probs"]:
+            for one in self.hook("on_probs"):
                 probs = one.blend(probs, one.middleware.on_probs(site, one.context, probs))
             out = nn.functional.dropout(probs, call.dropout).to(v.dtype) @ v_all
         else:
             out = own(q, k, v, call) if self.kernel is None else self.kernel(q, k, v, call)
-        for one in hooks["extra_kv"]:
+        for one in self.hook("extra_kv"):
             for k_more, v_more, weight, mask in one.middleware.extra_kv(site, one.context, q):
                 more = kernel_of("sdpa")(q, k_more, v_more, Call(mask=mask, scale=call.scale))
                 out = out + one.weighed(weight * more).to(out.dtype)
         self.call = call
         try:
-            for one in hooks["on_heads"]:
+            for one in self.hook("on_heads"):
                 out = one.blend(out, one.middleware.on_heads(site, one.context, out, q, k, v))
         finally:
             self.call = None
@@ -209,9 +221,9 @@ def enter(
     layer = layer_of(module)
     if layer is None:
         return own(processor, module, *args, **kwargs)
-    for one in layer.by_hook["on_inputs"]:
+    for one in layer.hook("on_inputs"):
         args, kwargs = _changed_inputs(one, layer, args, kwargs)
-    if layer.site.kind == "joint":  # networks may put tokens of their own before the text
+    if layer.joint:  # networks may put tokens of their own before the text
         text = _other(layer, args, kwargs)
         if text is not None:
             for context in layer.contexts:
@@ -228,7 +240,7 @@ def enter(
             f"{type(processor).__name__} at {layer.site.name} called {called} kernels, and what is stacked "
             f"there works inside of number {layer.main + 1}: it had no effect. Select other sites."
         )
-    for one in layer.by_hook["on_output"]:
+    for one in layer.hook("on_output"):
         out = _changed_output(one, layer, out)
     return out
 
