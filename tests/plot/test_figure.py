@@ -1,5 +1,6 @@
 """What every picture is: a figure that a notebook shows, and nothing of pyplot's or the settings changed."""
 
+import copy
 import importlib.util
 import sys
 from io import BytesIO
@@ -13,6 +14,8 @@ from PIL import Image
 
 from gendiff import plot
 from gendiff.denoiser import OracleDenoiser
+from gendiff.lora import inject, measure
+from gendiff.lora import plan as lora_plan
 from gendiff.math import GaussianOracle, Rectified, grids
 from gendiff.objectives import Uniform
 from gendiff.plot.figure import Picture, numbers
@@ -21,7 +24,11 @@ from gendiff.sampling import Euler
 
 ROWS = [{"step": s, "loss": 1 / s, "levels": {"loss": [1.0] * 22, "count": [30] * 22}} for s in (1, 2, 3)]
 DENOISE = OracleDenoiser(GaussianOracle.isotropic(torch.zeros(1), 1.0), Rectified())
+NET = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
 DRAW = {
+    "adapter": lambda title: plot.adapter(
+        measure(inject(copy.deepcopy(NET), lora_plan(NET, "*", rank=2))), title=title
+    ),
     "attention": lambda title: plot.attention(torch.rand(2, 8, 8), words=["a", "b"], title=title),
     "sample_grid": lambda title: plot.sample_grid(torch.rand(2, 3, 8, 8), title=title),
     "loss_by_level": lambda title: plot.loss_by_level(ROWS, title=title),

@@ -1,6 +1,7 @@
-"""Pictures of samples, losses, schedules, time laws, solvers and attention, each a matplotlib figure."""
+"""Pictures of samples, losses, schedules, time laws, solvers, attention and adapters: matplotlib figures."""
 
 from gendiff.plot import _matplotlib as _matplotlib  # first, since it says how to install it
+from gendiff.plot.adapter import adapter as adapter
 from gendiff.plot.attention import attention as attention
 from gendiff.plot.errors import solver_errors as solver_errors
 from gendiff.plot.figure import Picture as Picture
