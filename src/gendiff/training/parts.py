@@ -15,8 +15,8 @@ USUAL = {"unet": "UNet", "transformer": "Transformer"}  # attribute of a pipelin
 NAME = re.compile(r"[\w-]+")  # it becomes the name of a file
 # how peft names the original inside of what it wraps; beside it stand the adapters
 ORIGINAL = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)(?=\.)")
-# where a model holds the weights of middlewares while a stack is on it: they are none of its own
-MIDDLEWARES = "attention_middlewares."
+# what is on a model for a time and none of its own: weights of middlewares, and rows of new words
+BESIDE = re.compile(r"attention_middlewares\.|(.+\.)?new_tokens\.\d+$")
 PRETRAINED = (
     ("diffusers.models.modeling_utils", "ModelMixin"),
     ("transformers.modeling_utils", "PreTrainedModel"),
@@ -83,7 +83,7 @@ def library_of(module: nn.Module) -> str | None:
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """The live state of a model without what is on it for a time."""
-    return {key: tensor for key, tensor in state(module).items() if not key.startswith(MIDDLEWARES)}
+    return {key: tensor for key, tensor in state(module).items() if not BESIDE.match(key)}
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
     wrapped = [name for name, one in module.named_modules() if hasattr(one, "adapter_layer_names")]
     prefixes = tuple(f"{canonical(module, name)}." for name in wrapped)
     found: dict[str, Tensor] = {}
-    for key, tensor in state(module).items():
+    for key, tensor in own_state(module).items():
         if not key.startswith(prefixes):
             found[key] = tensor
         elif ORIGINAL.search(key):
