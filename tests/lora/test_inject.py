@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from torch import nn
 
 from gendiff import lora
 from gendiff.lora import Class, inject, plan, remove
+from gendiff.lora.plan import LoraPlan
+from gendiff.lora.scales import Scales
+from gendiff.testing import tiny_pipeline
 from tests.attention.models import FLUX, SD3, UNET, WAN, build, said
+from tests.lora.test_plan import encoder
 from tests.zoo import QUIET, run
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in QUIET]
@@ -144,15 +149,40 @@ def test_an_exception_within_a_block_leaves_nothing(case) -> None:
 
 def test_half_and_back_is_whole() -> None:
     """In diffusers fusing at 0.5 and unfusing leaves half the strength, and a scale of 0 resets it."""
-    model = build(UNET)
-    handle = stirred(inject(model, plan(model, "sd/attention", rank=2)))
-    full = said(model, UNET)
-    for _ in range(3):
-        with handle.scaled(0.5), handle.merged():
-            said(model, UNET)
-        with handle.scaled(0):
-            said(model, UNET)
-    assert torch.equal(said(model, UNET), full)
+    pipe = tiny_pipeline("sd15")
+    unet = pipe.unet.requires_grad_(False)
+    inputs = torch.randn(1, 4, 8, 8), 1, torch.randn(1, 4, unet.config.cross_attention_dim)
+
+    def call(**changes):
+        with torch.no_grad():
+            return unet(*inputs, return_dict=False, **changes)[0]
+
+    planned = plan(unet, "sd/attention", rank=2)
+    with stirred(inject(unet, planned)) as handle:
+        full = call()
+        for _ in range(2):
+            with handle.scaled(0.5), handle.merged():
+                assert not torch.allclose(call(), full, atol=1e-4)
+        assert torch.equal(call(), full)
+        with handle.scaled(0.7):
+            weaker = call()
+            with handle.scaled(0):
+                call()
+            assert torch.equal(call(), weaker)
+
+    unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=[row.name for row in planned.rows]), "style"
+    )
+    layer = unet.get_submodule(planned.rows[0].name)
+    found = [layer.scaling["style"]]
+    for _ in range(2):
+        pipe.fuse_lora(components=["unet"], lora_scale=0.5)
+        pipe.unfuse_lora(components=["unet"])
+        found.append(layer.scaling["style"])
+    assert found == [1.0, 0.5, 0.25]
+    pipe.set_adapters("style", 0.7)
+    call(cross_attention_kwargs={"scale": 0})
+    assert layer.scaling["style"] == 1.0
 
 
 def test_a_scale_changed_in_place_is_seen_by_a_compiled_model() -> None:
@@ -254,14 +284,94 @@ def test_names_and_plans_that_do_not_fit() -> None:
         ValueError, match=r"the plan is for a layer 'transformer_blocks.* has not: plan for this"
     ):
         inject(model, plan(build(FLUX), "flux/attention", rank=2))
-    with pytest.raises(ValueError, match=r"unknown initialisation 'pissa'"):
-        inject(model, planned, init="pissa")
+    with pytest.raises(
+        ValueError, match=r"unknown initialisation of lora 'gausian'; did you mean 'gaussian'"
+    ):
+        inject(model, planned, init="gausian")
     with pytest.raises(ValueError, match=r"unknown adapter 'style'"):
         remove(model, "style")
     assert digest(model) == before
     inject(model, planned, "style")
     with pytest.raises(ValueError, match=r"the model has an adapter 'style' already, beside \['style'\]"):
         inject(model, planned, "style")
+
+
+def test_plans_that_no_model_can_follow() -> None:
+    net = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(6, 8), "words": nn.Embedding(8, 6)})
+    planned, before = plan(net, "*", rank=2), digest(net)
+    first, second = planned.rows
+    wrong = {
+        r"a plan has each layer once, got none": (),
+        r"a plan has each layer once, got \['a'\] twice": (first, first),
+        r"is of one algorithm, with the same options, got loha, lora: put one on after": (
+            first,
+            replace(second, algorithm="loha"),
+        ),
+        r"got lora, lora with rslora": (first, replace(second, rslora=True)),
+        r"unknown algorithm for a 'lorra'; did you mean 'lora'": (replace(first, algorithm="lorra"),),
+        r"ranks are whole numbers from 1, got 0 for a": (replace(first, rank=0),),
+        r"ranks are whole numbers from 1, got True for a": (replace(first, rank=True),),
+        r"lora_alpha is a number above 0, got nan for b": (first, replace(second, lora_alpha=float("nan"))),
+        r"a learning rate is a number of 0 or more, got -1.0 for a": (replace(first, learning_rate=-1.0),),
+        r"the plan is for a of shape \(6, 9\), which has \(6, 8\) here": (replace(first, shape=(6, 9)),),
+        r"words is a Embedding, which carries no lora": (replace(first, name="words", shape=(8, 6)),),
+        r"the plan is for a layer 'c', which ModuleDict has not": (replace(first, name="c"),),
+    }
+    for text, rows in wrong.items():
+        with pytest.raises(ValueError, match=text):
+            inject(net, LoraPlan(rows, 2))
+    assert digest(net) == before
+
+
+def test_fused_adapters_are_refused() -> None:
+    """Beside what is fused into the weights peft's layers leave out what is not."""
+    net = nn.Sequential(nn.Linear(8, 6))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), net, "fused")
+    net[0].merge()
+    with pytest.raises(
+        ValueError, match=r"adapters are fused into the weight of 0, beside which no other has"
+    ):
+        inject(net, plan(net, "*", rank=2))
+
+
+def test_what_peft_has_fused_is_not_taken_off() -> None:
+    net = nn.Sequential(nn.Linear(8, 6)).requires_grad_(False)
+    handle = stirred(inject(net, plan(net, "*", rank=2), "style"))
+    net[0].merge()
+    before = digest(net)
+    for call in (handle.remove, handle.disabled, handle.merged, lambda: handle.scaled(0.5)):
+        with pytest.raises(RuntimeError, match=r"'style' is fused into the weight of 0: call unfuse_lora"):
+            call()
+    assert digest(net) == before
+    net[0].unmerge()
+    handle.remove()
+    assert type(net[0]) is nn.Linear
+
+
+def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch) -> None:
+    from peft.tuners.lora.layer import LoraLayer
+
+    model = build(UNET)
+    handle = stirred(inject(model, plan(model, "**.attn1.to_q", rank=2), "other"))
+    before, full, attributes = digest(model), said(model, UNET), sorted(vars(model))
+    right, calls = LoraLayer.reset_lora_parameters, []
+
+    def broken(layer, *args):
+        calls.append(layer)
+        if len(calls) == 9:
+            raise MemoryError("on purpose")
+        return right(layer, *args)
+
+    monkeypatch.setattr(LoraLayer, "reset_lora_parameters", broken)
+    with pytest.raises(MemoryError, match="on purpose"):
+        inject(model, plan(model, "sd/attention", rank=2), "style")
+    assert digest(model) == before
+    assert torch.equal(said(model, UNET), full)
+    assert sorted(vars(model)) == attributes
+    assert list(model.peft_config) == ["other"]
+    handle.remove()
+    calls.clear()
+    inject(model, plan(model, "**.attn1.to_q", rank=2), "style")
 
 
 def test_fused_projections_are_refused() -> None:
@@ -281,6 +391,82 @@ def test_diffusers_and_peft_see_the_adapter() -> None:
     assert torch.equal(said(twin, UNET), said(model, UNET))
     assert repr(handle).startswith("LoraHandle('style' at ")
     assert lora.inject is inject
+
+
+@pytest.mark.parametrize("family", ["clip", "t5"])
+def test_text_encoders(family) -> None:
+    model = encoder(family).eval().requires_grad_(False)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    before, plain = digest(model), model(ids)[0]
+    with inject(model, plan(model, f"{family}/attention", rank=2, lora_alpha=4)) as handle:
+        assert torch.equal(model(ids)[0], plain)
+        assert not torch.allclose(stirred(handle).model(ids)[0], plain, atol=1e-4)
+    assert digest(model) == before
+    assert torch.equal(model(ids)[0], plain)
+
+
+def test_what_is_put_on_is_in_the_mode_of_the_model() -> None:
+    """peft's new layers train, of which those of loha and lokr draw numbers at each call."""
+    net, x = nn.Sequential(nn.Linear(8, 6)).eval(), torch.randn(2, 8)
+    with inject(net, plan(net, "*", rank=2, algorithm="lokr")):
+        assert not any(one.training for one in net.modules())
+        before = torch.get_rng_state()
+        net(x)
+        assert torch.equal(torch.get_rng_state(), before)
+    with inject(net.train(), plan(net, "*", rank=2)):
+        assert all(one.training for one in net.modules())
+
+
+# ---- copied and moved
+
+
+def test_a_copy_has_an_adapter_of_its_own() -> None:
+    model = build(UNET).requires_grad_(False)
+    before, plain = digest(model)[0], said(model, UNET)
+    handle = stirred(inject(model, plan(model, "sd/attention", rank=2), "style"))
+    full, twin = said(model, UNET), copy.deepcopy(model)
+    with handle.scaled(0):
+        assert torch.equal(said(twin, UNET), full)
+        assert torch.equal(said(model, UNET), plain)
+    remove(twin, "style")
+    assert digest(twin)[0] == before
+    assert torch.equal(said(twin, UNET), plain)
+    assert torch.equal(said(model, UNET), full)
+    assert handle.attached
+    handle.remove()
+    assert digest(model)[0] == before
+
+
+def test_scales_go_with_the_model_and_stay_in_float32(monkeypatch) -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    handle = stirred(inject(net, plan(net, "*", rank=2, lora_alpha=2**0.5)))
+    scales = handle.scales
+    for dtype in (torch.bfloat16, torch.float64):
+        net.to(dtype)
+        assert {scale.dtype for scale in handle.scales.values()} == {torch.float32}
+        assert all(handle.scales[name] is scale for name, scale in scales.items())
+    x = torch.randn(3, 8, dtype=torch.float64)
+    expected = net[0].get_base_layer()(x) + x @ handle.delta("0").T
+    torch.testing.assert_close(net[0](x), expected, rtol=1e-12, atol=1e-12)
+    moved: list[torch.device] = []
+    monkeypatch.setattr(Scales, "move", lambda self, device: moved.append(device))
+    copy.deepcopy(net).to("meta")
+    assert moved == [torch.device("meta")] * 2
+
+
+def test_scales_keep_their_value_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(8, 6))
+    handle = inject(net, plan(net, "*", rank=2, lora_alpha=3))
+    net.to_empty(device="cpu")
+    stirred(handle)
+    nn.init.zeros_(net[0].get_base_layer().weight)
+    nn.init.zeros_(net[0].get_base_layer().bias)
+    x = torch.randn(3, 8)
+    a, b = handle.parameters()
+    torch.testing.assert_close(net(x), 1.5 * x @ a.T @ b.T)
+    net.to("meta")
+    assert float(handle.scales["0"]) == 1.5
 
 
 def test_a_begins_by_its_seed_and_no_generator_moves() -> None:

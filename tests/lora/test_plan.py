@@ -1,11 +1,14 @@
 """A plan: which layers, of what rank and strength; every target and rule covers something or says why."""
 
+import re
+
 import pytest
 import torch
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from torch import nn
 
 from gendiff.attention import Depth, match
-from gendiff.lora import Class, Width, plan, preset
+from gendiff.lora import Class, Width, inject, plan, preset
 from gendiff.lora.presets import FAMILIES
 from tests.attention.models import FLUX, SD3, UNET, WAN
 from tests.zoo import QUIET, build
@@ -154,8 +157,6 @@ def test_strengths() -> None:
 
 
 def test_nothing_is_changed_and_layers_that_carry_adapters_count_once() -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
     model = build(UNET)
     before = plan(model, "sd/attention", rank=2)
     keys = list(model.state_dict())
@@ -176,3 +177,180 @@ def test_a_table() -> None:
     with pytest.raises(KeyError, match=r"did you mean 'transformer_blocks\.0\.attn\.to_q'"):
         planned["transformer_blocks.0.attn.to_qq"]
     assert torch.tensor([row.parameters for row in planned.rows]).sum() == planned.parameters
+
+
+# ---- configurations of peft
+
+CONFIGS = {
+    "ends of names": (
+        UNET,
+        lambda: LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=["to_q", "to_k", "attn1.to_v"],
+            rank_pattern={"to_k": 2, r"mid_block.*\.to_q": 3},
+            alpha_pattern={"attn1.to_q": 12},
+            use_rslora=True,
+            init_lora_weights="gaussian",
+        ),
+    ),
+    "a pattern": (UNET, lambda: LoraConfig(target_modules=r"mid_block.*\.(to_[qv]|conv1)", r=2)),
+    "all but some": (
+        UNET,
+        lambda: LoraConfig(
+            target_modules="all-linear", exclude_modules=["to_q", "proj_out"], r=2, use_dora=True
+        ),
+    ),
+    "some blocks": (
+        FLUX,
+        lambda: LoraConfig(
+            target_modules=["to_q"], layers_to_transform=[1], layers_pattern=["transformer_blocks"], r=2
+        ),
+    ),
+    "loha": (
+        UNET,
+        lambda: LoHaConfig(r=3, alpha=2, target_modules=["to_q", "conv1"], alpha_pattern={"to_q": 5}),
+    ),
+    "lokr": (
+        UNET,
+        lambda: LoKrConfig(
+            r=1,
+            alpha=2,
+            target_modules=["to_q", "conv1"],
+            rank_pattern={"conv1": 9},
+            decompose_both=True,
+            decompose_factor=4,
+            init_weights="lycoris",
+        ),
+    ),
+    "oft": (
+        FLUX,
+        lambda: OFTConfig(oft_block_size=4, target_modules=["to_q", "ff.net.2"], use_cayley_neumann=False),
+    ),
+    "oft by blocks": (
+        FLUX,
+        lambda: OFTConfig(
+            r=2, oft_block_size=0, target_modules=["to_q", "ff.net.2"], use_cayley_neumann=False
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_configuration_of_peft_means_what_peft_puts_on(case) -> None:
+    name, config = CONFIGS[case]
+    theirs, ours = build(name), build(name)
+    keys = list(ours.state_dict())
+    planned = plan(ours, config())
+    assert list(ours.state_dict()) == keys
+    inject_adapter_in_model(config(), theirs)
+    layers = {key: one for key, one in theirs.named_modules() if hasattr(one, "adapter_layer_names")}
+    assert names(planned) == list(layers)
+    for row in planned.rows:
+        layer = layers[row.name]
+        assert row.rank == (layer.oft_block_size if row.algorithm == "oft" else layer.r)["default"]
+        if row.algorithm != "oft":
+            assert row.scale == layer.scaling["default"]
+    inject(ours, planned)
+    shapes = {key: value.shape for key, value in theirs.state_dict().items()}
+    assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
+    begins = config()
+    assert planned.init == getattr(begins, "init_lora_weights", getattr(begins, "init_weights", None))
+
+
+def test_a_configuration_says_how_adapters_begin() -> None:
+    net = nn.Sequential(nn.Linear(64, 6))
+    gaussian = plan(net, LoraConfig(r=4, target_modules=["0"], init_lora_weights="gaussian"))
+    with inject(net, gaussian) as handle:
+        assert float(next(handle.parameters()).detach().std()) == pytest.approx(1 / 4, rel=0.1)
+    with inject(net, gaussian, init=True) as handle:
+        assert float(next(handle.parameters()).detach().abs().max()) <= 1 / 8
+    with inject(net, plan(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))) as handle:
+        assert handle.principal is not None
+        assert handle.principal.init == "pissa"
+
+
+def test_rules_beside_a_configuration() -> None:
+    model = build(UNET)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"])
+    rules = {"mid_block.**": None, "up_blocks.**": {"learning_rate": 1e-5, "rank": 2}}
+    for row in plan(model, config, rules=rules).rows:
+        up = row.name.startswith("up_blocks.")
+        assert not row.name.startswith("mid_block.")
+        assert (row.rank, row.lora_alpha, row.learning_rate) == ((2, 6, 1e-5) if up else (4, 6, None))
+    for given in ({"rank": 4}, {"lora_alpha": 2}, {"rslora": True}, {"algorithm": "loha"}, {"options": {}}):
+        with pytest.raises(
+            ValueError, match=rf"the configuration says {next(iter(given))} itself: change it"
+        ):
+            plan(model, config, **given)
+
+
+def test_a_model_that_carries_adapters_is_read_alike() -> None:
+    model, config = build(UNET), LoraConfig(r=2, target_modules="all-linear")
+    before = plan(model, config)
+    inject(model, plan(model, "sd/attention", rank=2), "there")
+    assert plan(model, config) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_dropout": 0.1},
+        {"bias": "all"},
+        {"modules_to_save": ["conv_in"]},
+        {"lora_bias": True},
+        {"fan_in_fan_out": True},
+        {"target_parameters": ["weight"]},
+        {"layer_replication": [(0, 1)]},
+        {"use_qalora": True},
+        {"trainable_token_indices": [1]},
+        {"ensure_weight_tying": True},
+    ],
+)
+def test_what_an_adapter_has_not_is_refused_by_name(changes) -> None:
+    ((name, value),) = changes.items()
+    config = LoraConfig(target_modules=["to_q"], **changes)
+    with pytest.raises(
+        ValueError, match=rf"sets {name}={re.escape(repr(value))}, which adapters here have not"
+    ):
+        plan(build(UNET), config)
+
+
+def test_configurations_that_are_for_nothing_or_of_another_kind() -> None:
+    model = build(UNET)
+    wrong = {
+        r"unknown kind of a configuration 'ADALORA'.* Accepted: 'LORA'": AdaLoraConfig(
+            target_modules=["to_q"], total_step=9
+        ),
+        r"says no target_modules: name the layers": LoraConfig(),
+        r"target_modules 'to_qq' of the configuration is for none of .* Nearest: 'to_q'": LoraConfig(
+            target_modules=["to_q", "to_qq"]
+        ),
+        r"target_modules 'x.\*' of the configuration is for none of": LoraConfig(target_modules="x.*"),
+        r"target_modules covers '.*to_out', a ModuleList, which carries no adapter; its": LoraConfig(
+            target_modules=["to_out"]
+        ),
+        r"rank_pattern 'to_k' of the configuration is for none of": LoraConfig(
+            target_modules=["to_q"], rank_pattern={"to_k": 2}
+        ),
+        r"alpha_pattern 'to_k' of the configuration is for none of": LoHaConfig(
+            target_modules=["to_q"], alpha_pattern={"to_k": 2}
+        ),
+        r"sets rank_dropout=0.1, which adapters": LoHaConfig(target_modules=["to_q"], rank_dropout=0.1),
+        r"sets use_effective_conv2d=True, which": LoKrConfig(
+            target_modules=["to_q"], use_effective_conv2d=True
+        ),
+        r"sets use_cayley_neumann=True, a series": OFTConfig(target_modules=["to_q"]),
+        r"sets coft=True, which": OFTConfig(target_modules=["to_q"], coft=True, use_cayley_neumann=False),
+        r"inputs, which r=3 blocks do not divide evenly": OFTConfig(
+            target_modules=["to_q"], r=3, oft_block_size=0, use_cayley_neumann=False
+        ),
+        r"unknown initialisation of lora 'orthogonal'": LoraConfig(
+            target_modules=["to_q"], init_lora_weights="orthogonal"
+        ),
+        r"unknown initialisation of loha False": LoHaConfig(target_modules=["to_q"], init_weights=False),
+        r"ranks are whole numbers from 1 to that of the weight": LoraConfig(target_modules=["to_q"], r=999),
+    }
+    for text, config in wrong.items():
+        with pytest.raises(ValueError, match=text):
+            plan(model, config)

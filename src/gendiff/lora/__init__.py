@@ -1,9 +1,23 @@
 """Low-rank adapters: planned and checked before anything is changed, put on, and taken off exactly."""
 
 from gendiff.lora.adapter import Adapter as Adapter
+from gendiff.lora.approximation import Approximation as Approximation
+from gendiff.lora.approximation import Errors as Errors
+from gendiff.lora.combine import combine as combine
+from gendiff.lora.diagnostics import measure as measure
+from gendiff.lora.extract import extract as extract
+from gendiff.lora.extract import resize as resize
+from gendiff.lora.files import AdapterFile as AdapterFile
+from gendiff.lora.files import LoadReport as LoadReport
+from gendiff.lora.files import load as load
+from gendiff.lora.files import read as read
+from gendiff.lora.files import save as save
 from gendiff.lora.handle import LoraHandle as LoraHandle
 from gendiff.lora.inject import inject as inject
 from gendiff.lora.inject import remove as remove
+from gendiff.lora.measures import Measures as Measures
+from gendiff.lora.merge import Merged as Merged
+from gendiff.lora.merge import merge as merge
 from gendiff.lora.plan import LoraPlan as LoraPlan
 from gendiff.lora.plan import Planned as Planned
 from gendiff.lora.plan import plan as plan
@@ -11,3 +25,5 @@ from gendiff.lora.presets import preset as preset
 from gendiff.lora.targets import Class as Class
 from gendiff.lora.targets import Target as Target
 from gendiff.lora.targets import Width as Width
+from gendiff.lora.tokens import TokensHandle as TokensHandle
+from gendiff.lora.tokens import tokens as tokens

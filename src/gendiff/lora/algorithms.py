@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from gendiff.lora.plan import Planned
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Tensors: TypeAlias = Mapping[str, Tensor]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 Scale: TypeAlias = float | Tensor
+Kinds: TypeAlias = tuple[type[nn.Module], ...]
+
+LAYERS: Kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @final
@@ -28,8 +31,10 @@ class Algorithm:
         options: its own settings, with what they are where none is given.
         scaled: whether it has a scale, lora_alpha over the rank.
         needs_weight: whether what it adds depends on the weight that it is added to.
-        convolves: whether a convolution can carry it.
+        kinds: the classes of the layers that can carry it.
         limit: the highest rank of a weight of so many rows and columns.
+        pads: whether rows and columns of zeros in its parts, for ranks that are not there, change nothing.
+        rests: whether zeros in all of its parts add nothing, and learn nothing.
     """
 
     shapes: Callable[["Planned"], Shapes]
@@ -38,7 +43,9 @@ class Algorithm:
     limit: Callable[[int, int], int] = min
     scaled: bool = True
     needs_weight: bool = False
-    convolves: bool = True
+    kinds: Kinds = LAYERS
+    pads: bool = True
+    rests: bool = True
 
 
 def _flat(row: "Planned") -> tuple[int, int]:
@@ -89,14 +96,18 @@ def _loha(row: "Planned", given: Tensors, scale: Scale, weight: Tensor | None) -
 
 
 def factors(dimension: int, factor: int) -> tuple[int, int]:
-    """The two factors of a width, the lesser first: near to each other for -1, else the given one.
+    """The two factors of a width, of which the first is the given one; else the lesser is, and near to it.
 
-    >>> factors(128, -1), factors(250, -1), factors(512, 16), factors(360, 7)
-    ((8, 16), (10, 25), (16, 32), (6, 60))
+    Args:
+        dimension: the width.
+        factor: -1 is the root of the width, for factors that are near to each other.
+
+    >>> factors(128, -1), factors(250, -1), factors(512, 16), factors(16, 8), factors(360, 7)
+    ((8, 16), (10, 25), (16, 32), (8, 2), (6, 60))
     """
     if factor > 0 and dimension % factor == 0:
-        return min(factor, dimension // factor), max(factor, dimension // factor)
-    highest = math.isqrt(dimension) if factor < 0 else min(factor, math.isqrt(dimension))
+        return factor, dimension // factor
+    highest = math.isqrt(dimension) if factor == -1 else min(factor, math.isqrt(dimension))
     lesser = max(one for one in range(1, highest + 1) if dimension % one == 0)
     return lesser, dimension // lesser
 
@@ -154,9 +165,16 @@ def _oft(row: "Planned", given: Tensors, scale: Scale, weight: Tensor | None) ->
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "lora": Algorithm(_lora_shapes, _lora, {}),
-    "dora": Algorithm(_dora_shapes, _dora, {}, needs_weight=True),
-    "loha": Algorithm(_loha_shapes, _loha, {}),
-    "lokr": Algorithm(_lokr_shapes, _lokr, {"decompose_both": False, "decompose_factor": -1}, limit=max),
+    "dora": Algorithm(_dora_shapes, _dora, {}, needs_weight=True, rests=False),
+    "loha": Algorithm(_loha_shapes, _loha, {}, kinds=LAYERS[:3]),
+    "lokr": Algorithm(
+        _lokr_shapes,
+        _lokr,
+        {"decompose_both": False, "decompose_factor": -1},
+        limit=max,
+        kinds=LAYERS[:3],
+        pads=False,
+    ),
     "oft": Algorithm(
         _oft_shapes,
         _oft,
@@ -164,7 +182,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         limit=lambda out, inward: inward,
         scaled=False,
         needs_weight=True,
-        convolves=False,
+        kinds=LAYERS[:1],
+        pads=False,
+        rests=False,
     ),
 }
 

@@ -9,25 +9,26 @@ from torch import nn
 
 from gendiff.lora.algorithms import ALGORITHMS
 from gendiff.lora.plan import LoraPlan, Planned
+from gendiff.lora.scales import let_go
 
 PLACES = {"magnitude": "lora_magnitude_vector"}  # where peft calls a part otherwise
 MARKS = (".lora_", ".hada_", ".lokr_", ".oft_")  # in the names of the parameters of peft's layers
 
 
+def place_of(part: str) -> str:
+    """What peft calls a part."""
+    return PLACES.get(part, part)
+
+
 def part_of(layer: Any, part: str, adapter_name: str) -> nn.Parameter:
     """A tensor of an adapter in a layer."""
-    held = getattr(layer, PLACES.get(part, part))[adapter_name]
+    held = getattr(layer, place_of(part))[adapter_name]
     return getattr(held, "weight", held)
 
 
 def carries(layer: Any, part: str, adapter_name: str) -> bool:
     """Whether a module is a layer with that part of that adapter."""
-    return adapter_name in getattr(layer, PLACES.get(part, part), ())
-
-
-def is_bare(layer: Any) -> bool:
-    """Whether no adapter is left in a layer."""
-    return not any(len(getattr(layer, kind, ())) for kind in layer.adapter_layer_names)
+    return adapter_name in getattr(layer, place_of(part), ())
 
 
 def tuner(algorithm: str) -> str:
@@ -39,7 +40,21 @@ def family(layer: Any) -> str | None:
     """The family of a layer of peft, or None for any other module."""
     if not hasattr(layer, "adapter_layer_names"):
         return None
-    return type(layer).__module__.split(".")[2]  # peft.tuners.<family>
+    homes = (kind.__module__.split(".") for kind in type(layer).__mro__)
+    return next((home[2] for home in homes if home[:2] == ["peft", "tuners"]), None)
+
+
+def take_off(root: nn.Module, path: str, adapter_name: str) -> None:
+    """Take an adapter out of a layer, and put the layer that peft's is round back where it has no other."""
+    layer: Any = root.get_submodule(path)
+    if family(layer) is None:
+        return  # nothing was put on
+    layer._active_adapter = [one for one in layer.active_adapters if one != adapter_name]
+    layer.delete_adapter(adapter_name)
+    let_go(layer)
+    if not any(len(getattr(layer, kind, ())) for kind in layer.adapter_layer_names):
+        parent, _, last = path.rpartition(".")
+        root.get_submodule(parent)._modules[last] = layer.get_base_layer()
 
 
 def config(plan: LoraPlan, init: str | bool) -> Any:
@@ -48,7 +63,6 @@ def config(plan: LoraPlan, init: str | bool) -> Any:
 
     first = plan.rows[0]
     exact = {row.name: f"^{re.escape(row.name)}" for row in plan.rows}
-    targets = "|".join(map(re.escape, exact))
     kinds: dict[str, Callable[[], Any]] = {
         "lora": lambda: peft.LoraConfig(
             init_lora_weights=init,  # pyright: ignore[reportArgumentType] -- one of peft's words
@@ -57,26 +71,29 @@ def config(plan: LoraPlan, init: str | bool) -> Any:
         ),
         "loha": lambda: peft.LoHaConfig(init_weights=bool(init)),
         "lokr": lambda: peft.LoKrConfig(
-            init_weights=bool(init),
+            init_weights=init,  # pyright: ignore[reportArgumentType] -- or "lycoris"
             **{option: first.option(option) for option in ALGORITHMS["lokr"].options},
         ),
-        "oft": lambda: peft.OFTConfig(init_weights=bool(init), oft_block_size=0, use_cayley_neumann=False),
+        "oft": lambda: peft.OFTConfig(init_weights=bool(init), use_cayley_neumann=False),
     }
     made = kinds[tuner(first.algorithm)]()
-    made.target_modules = targets
-    made.r, made.rank_pattern = _pattern(plan, exact, ranks_of(first.algorithm))
-    if ALGORITHMS[first.algorithm].scaled:
-        name = "lora_alpha" if tuner(first.algorithm) == "lora" else "alpha"
-        alpha, made.alpha_pattern = _pattern(plan, exact, lambda row: row.lora_alpha)
-        setattr(made, name, alpha)
+    made.target_modules = "|".join(map(re.escape, exact))
+    rank, ranks = _pattern(plan, exact, lambda row: row.rank)
+    if first.algorithm == "oft":
+        made.oft_block_size = rank  # one for all: see `mend`
+        return made
+    made.r, made.rank_pattern = rank, ranks
+    name = "lora_alpha" if tuner(first.algorithm) == "lora" else "alpha"
+    alpha, made.alpha_pattern = _pattern(plan, exact, lambda row: row.lora_alpha)
+    setattr(made, name, alpha)
     return made
 
 
-def ranks_of(algorithm: str) -> Callable[[Planned], int]:
-    """What peft calls r: of OFT the number of blocks."""
-    if algorithm == "oft":
-        return lambda row: row.shape[1] // row.rank
-    return lambda row: row.rank
+def mend(layer: Any, row: Planned, adapter_name: str, made: Any) -> None:
+    """Give a layer its own size of blocks, of which a configuration of OFT says one for all."""
+    if row.algorithm == "oft" and layer.oft_block_size[adapter_name] != row.rank:
+        own = type(made)(init_weights=True, oft_block_size=row.rank, use_cayley_neumann=False)
+        layer.update_layer(adapter_name, 0, config=own)
 
 
 def _pattern(

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from typing import final
 
-from torch import Tensor, nn
+from torch import nn
 
 from gendiff.attention.selectors import Selector
 from gendiff.attention.table import unwrapped
+from gendiff.lora.quantised import shape_of
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -44,15 +45,9 @@ def targets_of(model: nn.Module) -> list[Target]:
             inside = (*inside, f"{name}.") if base is not module else inside
     last = max(len(found) - 1, 1)
     return [
-        Target(name, type(base).__name__, _shape(base), i / last, base)
+        Target(name, type(base).__name__, shape_of(base), i / last, base)
         for i, (name, base) in enumerate(found)
     ]
-
-
-def _shape(layer: nn.Module) -> tuple[int, ...]:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return tuple(weight.shape)
 
 
 def Class(name: str) -> Selector:
