@@ -5,7 +5,8 @@
     python examples/emoji.py --small   # two CPU cores: about 80 s; shows that all of it runs, no more
 
 Expected: a table of how many training prompts are recognised in their samples, and in how many samples of
-pairs of colour and shape that were held out from training both are right; the picture runs/emoji/emoji.png.
+pairs of colour and shape that were held out from training both are right; the picture runs/emoji/emoji.png,
+and the network in runs/emoji/base or small.
 """
 
 import argparse
@@ -73,4 +74,5 @@ if __name__ == "__main__":
     )
     print(trainer)
     trainer.train()
+    trainer.save_pretrained(args.out / ("small" if args.small else "base"))  # the averaged weights
     report(trainer, emoji, grid, guided, args.out, seeds=4 if args.small else 32)
