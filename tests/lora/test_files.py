@@ -396,7 +396,7 @@ def test_lokr_of_lycoris(unet, tmp_path) -> None:
     layer = Q
     out, inward = weights(unet)[layer].shape
     stem = f"lora_unet_{U}_attn1_to_q"
-    for one, two, scale in (((4, 4), (4, 4), 1), ((2, 2), (8, 8), 1), ((4, 4), None, 3)):
+    for one, two, scale, rank in (((4, 4), (4, 4), 1, 3), ((2, 2), (8, 8), 1, 4), ((4, 4), None, 3, 1)):
         first = torch.randn(one)
         if two:
             second, tensors = torch.randn(two), {}
@@ -406,7 +406,9 @@ def test_lokr_of_lycoris(unet, tmp_path) -> None:
             second, tensors = a @ b, {"lokr_w2_a": a, "lokr_w2_b": b}
         tensors |= {"lokr_w1": first, "alpha": torch.tensor(3.0)}
         save_file({f"{stem}.{part}": one for part, one in tensors.items()}, tmp_path / "a.safetensors")
-        change = read(tmp_path / "a.safetensors", unet)["unet"].delta(layer)
+        found = read(tmp_path / "a.safetensors", unet)["unet"]
+        assert found.plan[layer].rank == rank  # alpha, where that makes peft's factors whole
+        change = found.delta(layer)
         torch.testing.assert_close(change, scale * torch.kron(first, second))
         with load(tmp_path / "a.safetensors", unet).handles["unet"] as handle:
             torch.testing.assert_close(handle.delta(layer), change)
@@ -658,6 +660,11 @@ def test_a_pipeline_gives_its_networks(tmp_path) -> None:
     )
     report = load(path, pipe, "style")
     assert set(report.handles) == {"unet", "text_encoder"}
+    save_file({"vae.encoder.conv_in.lora_A.weight": torch.ones(2, 3, 3, 3)}, tmp_path / "b.safetensors")
+    with pytest.raises(
+        ValueError, match=r"keys are for no layer of (unet, text_encoder|text_encoder, unet): '"
+    ):
+        read(tmp_path / "b.safetensors", pipe)
     assert pipe.get_active_adapters() == ["style"]
 
 

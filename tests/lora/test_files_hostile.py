@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gendiff.lora import inject, load, plan, read, save
-from gendiff.lora.files.settings import HEADER_KEY
+from gendiff.lora.files.settings import HEADER_KEY, Settings
 from tests.attention.models import FLUX, UNET, build
 from tests.lora.adapters import adapter, numbers
 from tests.lora.test_inject import digest
@@ -190,6 +190,10 @@ TENSORS = {
         without_all(**{f"{STEM}.oft_R.weight": torch.ones(5, 3)}),
         r"of 5 blocks does not",
     ),
+    "rotations of no configuration": (
+        without_all(**{f"{STEM}.oft_R.weight": torch.ones(8, 6)}),
+        r"no configuration says whether its rotations are exact",
+    ),
     "kohya's oft": (
         also("lora_unet_block_attn_to_q.oft_blocks", 2, 4, 4),
         r"OFT as kohya's tools and LyCORIS write it",
@@ -221,6 +225,43 @@ def test_an_adapter_of_another_model(unet, tmp_path) -> None:
     wide = nn.ModuleDict({"block": nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(64, 32)})})})
     path = save({"unet": adapter(wide, Q, rank=2)}, tmp_path / "b.safetensors", model={"unet": wide})
     refused(unet, path, r"is of shape \(2, 64\), and \(2, 32\) fits the weight of shape \(32, 32\)")
+
+
+def test_two_names_that_lead_to_one_layer(tmp_path) -> None:
+    """One as a part of a stacked layer, and one by itself."""
+    flux = build(FLUX)
+    mine = adapter(flux, "transformer_blocks.0.attn.to_[qkv]", rank=2)
+    tensors = load_file(save(mine, tmp_path / "a.safetensors", "kohya", model=flux))
+    tensors |= load_file(save(mine, tmp_path / "b.safetensors", model=flux))
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(
+        ValueError, match=r"are both for transformer_blocks\.0\.attn\.to_.: a layer has one adapter"
+    ):
+        read(tmp_path / "bad.safetensors", flux)
+
+
+def test_a_name_that_two_networks_have(good, unet, tmp_path) -> None:
+    save_file({key.removeprefix("unet."): one for key, one in good.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match=r"may be of 'text_encoder' or 'text_encoder_2': give only the one that"
+    ):
+        read(tmp_path / "a.safetensors", {"text_encoder": unet, "text_encoder_2": unet})
+    assert read(tmp_path / "a.safetensors", {"text_encoder": unet})["text_encoder"].plan[Q].rank == 2
+
+
+def test_a_layer_of_which_a_file_has_a_part(good, unet, tmp_path, monkeypatch) -> None:
+    """As of projections that are fused in the live network, and apart in the file."""
+    from gendiff.lora.files import names
+    from gendiff.lora.naming import Original, Rows
+
+    monkeypatch.setattr(names, "original_names", lambda model: {"q": Original("q", (Rows(Q, 0, 16),))})
+    monkeypatch.setattr(names, "kohya_names", lambda model: {})
+    save_file({"diffusion_model.q.lora_A.weight": torch.ones(2, 32)}, tmp_path / "a.safetensors")
+    refused(
+        unet,
+        tmp_path / "a.safetensors",
+        r"is for 16 of the 32 outputs of block\.attn\.to_q, which is stacked",
+    )
 
 
 # ---- files
@@ -365,6 +406,11 @@ CONFIGS = {
     "other kind": ({"peft_type": "VERA"}, "says it is 'VERA': adapters here are of LORA, LOHA, LOKR, OFT"),
     "kind of no text": ({"peft_type": ["LORA"]}, "says it is"),
     "pissa": ({"init_lora_weights": "pissa"}, "began by 'pissa', which changed the weights of the model too"),
+    "rotations of a series": (
+        {"peft_type": "OFT", "use_cayley_neumann": True},
+        "use_cayley_neumann to false",
+    ),
+    "rotations of a series, as usual": ({"peft_type": "OFT"}, "does not set use_cayley_neumann to false"),
     "magnitude missing": (
         {"use_dora": True},
         "is of lora, and the config of the file says dora: the file is not whole",
@@ -426,6 +472,28 @@ def test_settings_of_a_newer_peft(good, unet, tmp_path) -> None:
     path = folder_of(good, tmp_path / "b", {"future_list": [1]})
     refused(unet, path, "sets 'future_list'")
     assert read(path, {"unet": unet}, ignore="future_list")["unet"].plan[Q].scale == 2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "to_k",
+        "o_k",
+        "attn.to_k",
+        r"attn\.to_k",
+        "^block.attn.to_k",
+        "^to_k",
+        "attn",
+        "to_[kq]",
+        r"b.*\.to_k$",
+    ],
+)
+def test_patterns_are_read_as_peft_reads_them(pattern) -> None:
+    from peft.utils.other import get_pattern_key
+
+    found = Settings({"lora_alpha": 1, "alpha_pattern": {pattern: 2}}, "config")
+    for name in (K, Q, "to_k", "other.block.attn.to_k", "blockxattnxto_k"):
+        assert found.alpha(name) == (2 if get_pattern_key([pattern], name) == pattern else 1), name
 
 
 def test_words_of_a_header(good, unet, tmp_path) -> None:

@@ -233,6 +233,16 @@ def test_names_are_whole_names() -> None:
         assert digest(model) == before
 
 
+def test_one_that_was_switched_off_stays_so_when_another_is_taken_off() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 6)).requires_grad_(False), torch.randn(2, 8)
+    plain = net(x)
+    handles = [stirred(inject(net, plan(net, "*", rank=2), name)) for name in ("one", "two")]
+    net[0].set_adapter("one")
+    handles[0].remove()
+    assert net[0].active_adapters == []
+    assert torch.equal(net(x), plain)
+
+
 def test_ranks_and_strengths_of_their_own_and_whole_names_of_layers() -> None:
     """Block 1 takes nothing from block 10, nor from a block whose name ends alike."""
 

@@ -285,8 +285,9 @@ def test_rules_beside_a_configuration() -> None:
             plan(model, config, **given)
 
 
-def test_a_model_that_carries_adapters_is_read_alike() -> None:
-    model, config = build(UNET), LoraConfig(r=2, target_modules="all-linear")
+@pytest.mark.parametrize("targets", ["all-linear", r".*attn1\.to_q.*"])
+def test_a_model_that_carries_adapters_is_read_alike(targets) -> None:
+    model, config = build(UNET), LoraConfig(r=2, target_modules=targets)
     before = plan(model, config)
     inject(model, plan(model, "sd/attention", rank=2), "there")
     assert plan(model, config) == before

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gendiff import lora
 from gendiff.testing import tiny_pipeline
 from gendiff.training.loading import LORA_FILE, LORA_METADATA
 from gendiff.training.names import parameters
@@ -196,6 +197,15 @@ def test_an_adapter_at_another_strength_is_refused(tmp_path: Path) -> None:
     pipe.set_adapters(["default"], [0.5])
     with pytest.raises(ValueError, match=r"live at the scale 2 .* say 4"):
         save_pretrained(trained, tmp_path / "other", pipeline=pipe)
+
+
+def test_an_adapter_that_began_as_a_part_of_the_weights_is_refused(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("flux")
+    trained, network = components(pipe), pipe.transformer
+    handle = lora.inject(network, lora.plan(network, "flux/attention", rank=2), "style", init="pissa")
+    with pytest.raises(ValueError, match=r"'style' began by pissa.*lora\.save\(handle, path\)"):
+        save_pretrained(trained, tmp_path / "run", pipeline=pipe)
+    handle.remove()
 
 
 def test_a_component_is_not_saved_over_the_adapter(tmp_path: Path) -> None:

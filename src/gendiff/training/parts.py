@@ -17,6 +17,7 @@ NAME = re.compile(r"[\w-]+")  # it becomes the name of a file
 ORIGINAL = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)(?=\.)")
 # what is on a model for a time and none of its own: weights of middlewares, and rows of new words
 BESIDE = re.compile(r"attention_middlewares\.|(.+\.)?new_tokens\.\d+$")
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings that change the weights of the model
 PRETRAINED = (
     ("diffusers.models.modeling_utils", "ModelMixin"),
     ("transformers.modeling_utils", "PreTrainedModel"),
@@ -208,6 +209,7 @@ def _trained_adapters(module: Any, live: Mapping[str, Tensor]) -> Iterator[tuple
         )
         tensors = {key: tensor for key, tensor in every.items() if "lora_" in key}
         if any(tensor.requires_grad for tensor in tensors.values()):
+            _check_beginning(name, config.init_lora_weights)
             _check_scale(module, name)
             yield name, tensors
 
@@ -236,6 +238,16 @@ def metadata(part: Part) -> dict[str, Any]:
         for key, value in given.items()
         if key not in never and (key in always or value != plain.get(key))
     }
+
+
+def _check_beginning(adapter: str, init: str | bool) -> None:
+    """A file with this beginning would have whoever loads it take it off the weights once more."""
+    if str(init).startswith(CHANGING):
+        raise ValueError(
+            f"the adapter {adapter!r} began by {init}, which has changed the weights of the model, so that "
+            f"its A and B alone are not what it adds: save what it adds to the weights of before by "
+            f"gendiff.lora.save(handle, path)."
+        )
 
 
 def _check_scale(module: Any, adapter: str) -> None:

@@ -198,7 +198,7 @@ _FORMS: Mapping[str, Callable[[Shapes, Shape], Form]] = {
 def _check_lengths(key: str, shape: Shape, part: str, weight: Shape) -> None:
     """Magnitudes of DoRA are one for each output."""
     out, inward = weight[:2]
-    if part == "dora_scale" and len(shape) > 1 and shape[0] != out and _bare(shape) == (1, inward):
+    if part == "dora_scale" and len(shape) > 1 and out > 1 and _bare(shape) == (1, inward):
         raise ValueError(
             f"{short(key)} is of shape {shape}, a length for each input (wd_on_out=False of LyCORIS): DoRA "
             f"here has one for each of {out} outputs, as it is published."

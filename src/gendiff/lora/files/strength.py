@@ -63,6 +63,12 @@ def strength_of(group: Group, form: Form, missing: Missing) -> Strength:
         )
     if not ALGORITHMS[form.algorithm].scaled:
         assert form.rank is not None
+        if settings is None:
+            raise ValueError(
+                f"{group.key} is of {form.algorithm}, and no configuration says whether its rotations are "
+                f"exact, as they are here, or of a series, as peft makes them where it is not told: load the "
+                f"folder that peft saved, or the file that gendiff did."
+            )
         return Strength(form.rank, float(form.rank), False, "none")
     own = _own(group)
     told = None if settings is None else settings.alpha(name)
