@@ -88,7 +88,7 @@ def test_pipelines_of_diffusers_read_our_files(name, tmp_path) -> None:
         )
 
 
-@pytest.mark.parametrize("settings", [{"rslora": True}, {"algorithm": "dora"}], ids=["rslora", "dora"])
+@pytest.mark.parametrize("settings", [{"rslora": True}, {"algorithm": "dora"}, {"algorithm": "lokr"}])
 def test_models_of_diffusers_read_our_header(settings, flux, tmp_path) -> None:
     mine = adapter(flux, "flux/attention", rank=2, lora_alpha=6, **settings)
     path = save(mine, tmp_path / "a.safetensors", model=flux)
@@ -674,6 +674,8 @@ def test_words_are_kept(unet, tmp_path) -> None:
     path = save(mine, tmp_path / "a.safetensors", model=unet, metadata={"author": "you"})
     found = read(path, unet)["unet"]
     assert found.metadata == {**words, "author": "you"}
+    with load(path, unet).handles["unet"] as handle:
+        assert handle.adapter().metadata == found.metadata
     for form in ("kohya", "original"):
         written = keys_of(save(found, tmp_path / f"{form}.safetensors", form, model=unet))[1]
         assert written == {**found.metadata, "format": "pt"}

@@ -30,6 +30,7 @@ class LoraHandle:
         plan: what is on it: as planned, or as the adapter that was put in by `swap` says.
         slots: what there is room for, by layer, as it was injected.
         layers: the layers of peft that carry it, by name.
+        metadata: words of the file that it came from.
         principal: what its beginning has taken off the weights; None where they are as they were.
         open: how many blocks of `scaled`, `disabled` and `merged` are entered.
         attached: whether it still is on the model.
@@ -47,6 +48,7 @@ class LoraHandle:
         self.model, self.name, self.plan, self.layers, self.attached = model, name, plan, layers, True
         self.slots: dict[str, Planned] = {row.name: row for row in plan.rows}
         self.principal, self.open, self._trained = principal, 0, trained
+        self.metadata: dict[str, str] = {}
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -87,7 +89,7 @@ class LoraHandle:
                 row, parts = self.principal.plain(row, parts)
             rows.append(row)
             tensors[row.name] = parts
-        return Adapter(replace(self.plan, rows=tuple(rows), init=True), tensors)
+        return Adapter(replace(self.plan, rows=tuple(rows), init=True), tensors, dict(self.metadata))
 
     def swap(self, adapter: Adapter) -> None:
         """Put the numbers of another adapter in the place of this one's, in the tensors that are there.
@@ -106,6 +108,7 @@ class LoraHandle:
         """
         self._check_apart()
         swapping.swap(self, adapter)
+        self.metadata = dict(adapter.metadata)
 
     def _parts(self, row: Planned) -> dict[str, Tensor]:
         """The parts of a layer, of the shapes that the algorithm says."""

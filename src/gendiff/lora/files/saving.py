@@ -34,7 +34,8 @@ def save(
     """Save adapters in a format of others, so that they add there exactly what they add here.
 
     - "diffusers": `unet.<layer>.lora_A.weight`, with strengths in the header, for
-      `pipe.load_lora_weights(path)`; diffusers itself reads LoRA, DoRA and LoKr.
+      `pipe.load_lora_weights(path)`; diffusers reads LoRA and DoRA there, and LoKr by
+      `model.load_lora_adapter(path, use_safetensors=True)`, without which it overlooks the header.
     - "peft": a folder, for `PeftModel.from_pretrained(model, path)`; with a folder each for several networks.
     - "kohya": `lora_unet_<layer>.lora_down.weight` with an alpha for each layer, for kohya's tools, ComfyUI,
       and diffusers, which leaves the magnitudes of DoRA in it out.
