@@ -308,6 +308,26 @@ def test_ties_is_the_three_steps_of_the_paper(density, w, v) -> None:
     assert cut_off.errors.rows[0].lost_by_rank == pytest.approx(lost, rel=1e-4, abs=1e-6)
 
 
+def test_a_bias_is_refused_where_peft_loses_it() -> None:
+    """peft makes a sum at weight 1 without the bias of B, so that all that it said is missing."""
+    net = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["0"], lora_bias=True)
+    theirs = LoraModel(copy.deepcopy(net), config, "one")
+    layer = theirs.model[0]
+    with torch.no_grad():
+        layer.lora_B["one"].bias.fill_(1.0)
+    theirs.add_weighted_adapter(["one"], [1.0], "sum", combination_type="cat")
+    zero = torch.zeros(1, 6)
+    base, said = layer.base_layer(zero), {}
+    for name in ("one", "sum"):
+        theirs.set_adapter(name)
+        said[name] = (theirs(zero) - base).detach()
+    torch.testing.assert_close(said["one"], torch.ones(1, 5))
+    assert float((said["sum"] - said["one"]).norm() / said["one"].norm()) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="sets lora_bias=True, which adapters here have not"):
+        plan(net, config)
+
+
 def test_ties_is_peft_s_at_equal_weights() -> None:
     model = nn.Sequential(nn.Linear(20, 12))
     adapters = [made(model, seed, rank=2) for seed in range(3)]
