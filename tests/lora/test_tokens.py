@@ -17,7 +17,7 @@ from gendiff.lora.words import Words
 from gendiff.testing import tiny_pipeline
 from gendiff.testing.text import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 from gendiff.training import Trainer
-from gendiff.training.saving import load_pretrained
+from gendiff.training.saving import load_pretrained, save_pretrained
 from tests.training.toy import config
 from tests.zoo import QUIET
 
@@ -622,3 +622,14 @@ def test_a_tokenizer_that_could_not_be_given_back(kind, message) -> None:
     with pytest.raises(ValueError, match=message):
         tokens(encoder, tokenizer, WORDS)
     assert_same(before, look(encoder, tokenizer))
+
+
+def test_a_pipeline_with_words_on_is_not_saved_whole(tmp_path) -> None:
+    """Its tokenizer would know them, and its table would not."""
+    pipe = tiny_pipeline("sd15")
+    with tokens(pipe.text_encoder, pipe.tokenizer, {"<toy>": "toy"}):
+        with pytest.raises(ValueError, match=r"text_encoder has new words on.*handle\.save\(path\)"):
+            save_pretrained({"unet": pipe.unet}, tmp_path / "whole", pipeline=pipe)
+        assert not (tmp_path / "whole").exists()
+    save_pretrained({"unet": pipe.unet}, tmp_path / "whole", pipeline=pipe)
+    assert (tmp_path / "whole" / "tokenizer").exists()
