@@ -1,17 +1,14 @@
 """Low-rank adapters: planned and checked before anything is changed, put on, and taken off exactly."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from gendiff.lora.adapter import Adapter as Adapter
 from gendiff.lora.approximation import Approximation as Approximation
 from gendiff.lora.approximation import Errors as Errors
 from gendiff.lora.combine import combine as combine
-from gendiff.lora.diagnostics import measure as measure
 from gendiff.lora.extract import extract as extract
 from gendiff.lora.extract import resize as resize
-from gendiff.lora.files import AdapterFile as AdapterFile
-from gendiff.lora.files import LoadReport as LoadReport
-from gendiff.lora.files import load as load
-from gendiff.lora.files import read as read
-from gendiff.lora.files import save as save
 from gendiff.lora.handle import LoraHandle as LoraHandle
 from gendiff.lora.inject import inject as inject
 from gendiff.lora.inject import remove as remove
@@ -27,3 +24,30 @@ from gendiff.lora.targets import Target as Target
 from gendiff.lora.targets import Width as Width
 from gendiff.lora.tokens import TokensHandle as TokensHandle
 from gendiff.lora.tokens import tokens as tokens
+
+if TYPE_CHECKING:  # loaded at their first use, since most who put an adapter on never read a file
+    from gendiff.lora.diagnostics import measure as measure
+    from gendiff.lora.files import AdapterFile as AdapterFile
+    from gendiff.lora.files import LoadReport as LoadReport
+    from gendiff.lora.files import load as load
+    from gendiff.lora.files import read as read
+    from gendiff.lora.files import save as save
+
+_LATER = {
+    "AdapterFile": "files",
+    "LoadReport": "files",
+    "load": "files",
+    "measure": "diagnostics",
+    "read": "files",
+    "save": "files",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module 'gendiff.lora' has no attribute {name!r}")
+    return getattr(import_module(f"gendiff.lora.{_LATER[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
