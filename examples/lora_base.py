@@ -46,14 +46,12 @@ class Base:
         if model is None and sizes:
             return cls.of_emoji(sizes[0], device)
         pipe = load(model, "sd15", device)
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False)
-        size = 512 if model is not None else 64
+        for part in (one for one in pipe.components.values() if isinstance(one, nn.Module)):
+            part.requires_grad_(False)
         return cls(
             getattr(pipe, "unet", None) or pipe.transformer,
             denoiser_of(pipe), codec_of(pipe, drop={"text": 0.1}), None,
-            grid_of(pipe, 20), DPMpp(order=2), size, ("a red fox", "a lighthouse", "a boat", "a tree"),
+            grid_of(pipe, 20), DPMpp(order=2), 512 if model else 64, ("a red fox", "a lighthouse", "a boat", "a tree"),
         )  # fmt: skip
 
     @classmethod

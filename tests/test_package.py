@@ -106,7 +106,7 @@ def test_nothing_heavy_is_loaded(touch: str) -> None:
 
 
 def test_import_costs_little_more_than_torch() -> None:
-    """At most 0.3 s after torch for `import gendiff`, by the clock; 0.5 s of the processor for every name.
+    """At most 0.3 s after torch: `import gendiff` by the clock, every public name by processor time.
 
     A busy machine can triple the time that loading every module takes by the clock. Processor time does not
     see the neighbours, nor would it see a module that waits; the import itself is short enough for the clock.
@@ -119,7 +119,7 @@ def test_import_costs_little_more_than_torch() -> None:
     runs = [fresh(code) for _ in range(3)]
     clock, processor = map(min, zip(*runs, strict=True))
     assert clock <= 0.3, runs
-    assert processor <= 0.5, runs
+    assert processor <= 0.3, runs
 
 
 def test_import_changes_nothing_global() -> None:

@@ -1,7 +1,8 @@
 """Attention layers of any model of diffusers: found, given processors, stacked on, and undone exactly."""
 
+from typing import TYPE_CHECKING
+
 from gendiff.attention.capture import Capture as Capture
-from gendiff.attention.check import check_processor as check_processor
 from gendiff.attention.context import Context as Context
 from gendiff.attention.context import Grid as Grid
 from gendiff.attention.excite import AttendAndExcite as AttendAndExcite
@@ -45,3 +46,18 @@ from gendiff.attention.temperature import Temperature as Temperature
 from gendiff.attention.windows import Steps as Steps
 from gendiff.attention.windows import Times as Times
 from gendiff.attention.words import words_of as words_of
+
+if TYPE_CHECKING:  # loaded at its first use, by who writes a processor
+    from gendiff.attention.check import check_processor as check_processor
+
+
+def __getattr__(name: str) -> object:
+    if name != "check_processor":
+        raise AttributeError(f"module 'gendiff.attention' has no attribute {name!r}")
+    from gendiff.attention.check import check_processor
+
+    return check_processor
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "check_processor"})
