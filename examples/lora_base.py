@@ -51,7 +51,7 @@ class Base:
         return cls(
             getattr(pipe, "unet", None) or pipe.transformer,
             denoiser_of(pipe), codec_of(pipe, drop={"text": 0.1}), None,
-            grid_of(pipe, 20), DPMpp(order=2), 512 if model else 64, ("a red fox", "a lighthouse", "a boat", "a tree"),
+            grid_of(pipe, 20), DPMpp(order=2), 512 if model else 64, ("a fox", "a house", "a boat", "a tree"),
         )  # fmt: skip
 
     @classmethod
